@@ -1,0 +1,1 @@
+"""The core: torch and safetensors, nothing else."""

@@ -1,0 +1,131 @@
+"""`Method`: a frozen dataclass that describes, as data, what it does to a frozen Vision Transformer; and its registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
+
+from .edit import Edit
+from .errors import MethodError, unknown
+from .site import Anatomy
+
+
+class Method(ABC):
+    """Base of all methods.  Leaves are frozen dataclasses, whose fields are the hyper-parameters."""
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+
+    @abstractmethod
+    def edits(self, vit: Anatomy) -> Iterator[Edit]:
+        """What the method does to the model, edit by edit.  Factors shared between sites are local variables here."""
+
+    def options(self) -> dict[str, Any]:
+        """The hyper-parameters as plain data: `method(m.name, **m.options()) == m`, through JSON and TOML too."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+
+M = TypeVar("M", bound=type[Method])
+_methods: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Make a method known by a name; its class docstring's first line becomes its title."""
+
+    def keep(cls: M) -> M:
+        if _methods.get(name, cls).__qualname__ != cls.__qualname__:
+            raise MethodError(f"two methods are called {name!r}: {_methods[name].__qualname__} and {cls.__qualname__}")
+        cls.name = name
+        cls.title = (cls.__doc__ or name).strip().splitlines()[0].rstrip(".")
+        _methods[name] = cls
+        return cls
+
+    return keep
+
+
+def methods() -> dict[str, type[Method]]:
+    """All registered methods by name, in alphabetical order."""
+    return dict(sorted(_methods.items()))
+
+
+def method(name: str | Method, **options: Any) -> Method:
+    """Build a method from its name and options; text, lists and dicts are read as the field's type.
+
+    Raises:
+        MethodError: an unknown name or option (the nearest known one is named), or a value that does not fit.
+    """
+    if isinstance(name, Method):
+        return dataclasses.replace(name, **_read(type(name), options)) if options else name  # type: ignore[type-var]
+    if name not in _methods:
+        raise MethodError(unknown("method", name, _methods))
+    cls = _methods[name]
+    try:
+        return cls(**_read(cls, options))
+    except ValueError as error:
+        raise MethodError(f"{name}: {error}") from None
+
+
+def _read(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    label = getattr(cls, "name", "") or cls.__name__.lower()
+    for key in options:
+        if key not in known:
+            raise MethodError(unknown(f"option of {label}", key, known))
+    return {key: _as(known[key], value, f"{label}.{key}") for key, value in options.items()}
+
+
+def _as(kind: Any, value: Any, label: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            if type(None) in args:
+                return None
+        for arg in (a for a in args if a is not type(None)):
+            try:
+                return _as(arg, value, label)
+            except MethodError:
+                continue
+    elif origin is typing.Literal:
+        if value in args:
+            return value
+    elif origin is tuple:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        elif isinstance(value, int):
+            value = [value]
+        if isinstance(value, (list, tuple)):
+            return tuple(_as(args[0], v, label) for v in value)
+    elif dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):  # type: ignore[arg-type]
+            return value
+        if isinstance(value, Mapping):
+            return kind(**_read(kind, value))  # type: ignore[operator, arg-type]
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif kind in (int, float):
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                number = kind(value)
+                if float(number) == float(value) and abs(float(number)) < float("inf"):
+                    return number
+            except (ValueError, OverflowError):
+                pass
+    elif isinstance(value, kind):
+        return value
+    wanted = " or ".join(map(repr, args)) if origin is typing.Literal else getattr(kind, "__name__", str(kind))
+    raise MethodError(f"{label} = {value!r} is not {wanted}")
+
+
+def positive(label: str, value: int) -> None:
+    """Refuse a rank or count below one."""
+    if value < 1:
+        raise ValueError(f"{label} must be at least 1, got {value}")

@@ -1,0 +1,7 @@
+"""All methods, one file a paper.  A file put here is found by itself."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
