@@ -1,0 +1,46 @@
+"""The command line: `deltavit COMMAND`, each with `--json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import typer
+
+from ..core.errors import DeltavitError
+from . import files, inspect, tasks
+from .demo import demo
+from .output import Interrupted, say
+
+app = typer.Typer(
+    name="deltavit",
+    help="Adapt large pretrained Vision Transformers to new image tasks by training a tiny part of them.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    tasks.train, tasks.evaluate, tasks.predict, inspect.methods, inspect.plan, files.merge, inspect.doctor, demo,
+):  # fmt: skip
+    app.command()(command)
+
+
+def main() -> None:
+    """Run a command; what deltavit refuses becomes one line on standard error and exit code 1."""
+    try:
+        app()
+    except Interrupted as stop:
+        say(str(stop))
+        sys.exit(130)
+    except KeyboardInterrupt:
+        say("stopped")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except (DeltavitError, MemoryError, OSError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        say(f"deltavit: {line}")
+        if "--json" in sys.argv:
+            print(json.dumps({"error": line}, ensure_ascii=False))
+        sys.exit(1)

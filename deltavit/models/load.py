@@ -95,7 +95,7 @@ def _build(name: str, image_size: int | None, classes: int | None) -> nn.Module:
 def _state(name: str, weights: str | Path | None) -> tuple[dict[str, Tensor], int | None]:
     """The checkpoint's tensors, and the number of classes its head has."""
     if name == "vit_pico" and weights is None:
-        path = Path(str(files("deltavit.demo") / "vit_pico.safetensors"))
+        path = Path(str(files("deltavit.models") / "vit_pico.safetensors"))
     elif weights is None:
         path = _fetch(name)
     else:

@@ -1,0 +1,123 @@
+"""Six methods on one frozen backbone: handwritten digits, three seeds, one table and one picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..core.attach import attach
+from ..core.errors import DataError
+from ..core.method import method
+from ..core.site import anatomy
+from ..data import Images, open_data
+from ..models import load_model
+from ..train import Training, evaluate, fit
+
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"lr": 1e-2},
+    "bitfit": {"lr": 5e-3},
+    "lora": {"lr": 5e-3, "options": {"rank": 8}},
+    "kadaptation": {"lr": 1e-2, "options": {"n": 4, "rank": 1}},
+    "fact-tt": {"lr": 5e-3, "options": {"rank": 8}},
+    "full": {"lr": 5e-4},
+}
+"""What is compared.  The learning rates were chosen on the val split with seed 0, from 1-2-5 steps."""
+
+TRAIN, VAL = 200, 200
+EPOCHS, BATCH, SEEDS = 20, 32, 3
+
+
+def write_digits(folder: Path) -> Path:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, as train/val/test folders of PNG files: 200, 200 and 1,397."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError("the demo's images come with scikit-learn: pip install 'deltavit[demo]'") from None
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    for position, index in enumerate(order):
+        split = "train" if position < TRAIN else "val" if position < TRAIN + VAL else "test"
+        path = folder / split / str(digits.target[index]) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method over all seeds; accuracies of the test split, in [0, 1]."""
+
+    method: str
+    trainable_parameters: int
+    head_parameters: int
+    accuracies: list[float]
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.accuracies)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+
+
+def compare(folder: Path, seeds: int = SEEDS, epochs: int = EPOCHS) -> Iterator[Row]:
+    """Train every method of `METHODS` with every seed on the digits in `folder`; the test split is read once a run."""
+    data = open_data(folder)
+    model = load_model("vit_pico")
+    pre = anatomy(model).preprocessing
+    train, val = Images(data.train, pre), Images(data.val, pre)
+    test = Images(data.test, pre) if data.test is not None else val
+    for name, chosen in METHODS.items():
+        accuracies, began, body, head = [], time.monotonic(), 0, 0
+        for seed in range(seeds):
+            adapter = attach(model, method(name, **chosen.get("options", {})), classes=data.classes, seed=seed)
+            head = sum(p.numel() for p in adapter.head_parameters())
+            body = sum(p.numel() for p in adapter.parameters()) - head
+            training = Training(epochs=epochs, batch_size=BATCH, lr=chosen["lr"], head_lr=1e-2, seed=seed)
+            for _ in fit(model, adapter, train, None, training):
+                pass
+            accuracies.append(evaluate(model, test).accuracy)
+            adapter.detach()
+        yield Row(name, body, head, accuracies, (time.monotonic() - began) / seeds)
+
+
+def picture(rows: list[Row], path: Path, title: str) -> None:
+    """Accuracy against trainable parameters, with the spread over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for row in rows:
+        count = max(row.trainable_parameters, 1)
+        axes.errorbar(count, 100 * row.mean, 100 * row.spread, marker="o", capsize=3, label=row.method)
+        axes.annotate(row.method, (count, 100 * row.mean), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    axes.set_xscale("symlog", linthresh=1000)
+    axes.set(xlabel="trainable parameters without the head", ylabel="test accuracy, %", title=title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def run(out: Path, seeds: int = SEEDS, epochs: int = EPOCHS) -> Iterator[Row]:
+    """The whole demo in the folder `out`: digits/, demo.json and demo.png."""
+    rows = []
+    for row in compare(write_digits(out / "digits"), seeds, epochs):
+        rows.append(row)
+        yield row
+    (out / "demo.json").write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=2) + "\n")
+    title = f"vit_pico on handwritten digits, {TRAIN} training images, {seeds} seeds"
+    picture(rows, out / "demo.png", title)

@@ -1,0 +1,140 @@
+"""Accuracy and predictions of a model, with or without an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.errors import DataError
+from ..core.site import Preprocessing
+from ..data import Images, decode, normalise, to_tensor
+from . import ddp
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Top-1 accuracy in [0, 1], the mean over classes of their accuracies, the mean loss, and how many pictures.
+
+    `missed` counts broken pictures, each of which counts as wrong.
+    """
+
+    accuracy: float
+    class_accuracy: float
+    loss: float
+    pictures: int
+    missed: int = 0
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device computes bf16 itself rather than by emulation."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The precision to compute in: trainables stay in fp32 whatever it is."""
+    if precision == "bf16" or (precision == "auto" and native_bf16(device)):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    *,
+    batch_size: int = 128,
+    precision: str = "auto",
+    labels: Sequence[int] | None = None,
+) -> Evaluation:
+    """Run a model over all pictures of a split, in eval mode.
+
+    Args:
+        labels: where the data set numbers its classes otherwise than the head: the head's number of each.
+    """
+    if not len(images):
+        raise DataError(f"{images.split.name} has no pictures to evaluate")
+    device = next(model.parameters()).device
+    was = model.training
+    model.eval()
+    mine = range(ddp.rank(), len(images), ddp.world())
+    hits = counts = torch.zeros(0, dtype=torch.float64)
+    loss, missed = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    try:
+        for start in range(0, len(mine), batch_size):
+            x, y, ok = images.batch(mine[start : start + batch_size])
+            if labels is not None:
+                y = torch.tensor(labels)[y]
+            with autocast(device, precision):
+                logits = model(normalise(x.to(device), images.preprocessing)).float().cpu()
+            if not len(hits):
+                hits, counts = torch.zeros(2, logits.shape[1], dtype=torch.float64)
+            right = ((logits.argmax(1) == y) & ok).double()
+            hits = hits.index_add(0, y, right)
+            counts = counts.index_add(0, y, torch.ones_like(right))
+            loss += F.cross_entropy(logits[ok], y[ok], reduction="sum").double()
+            missed += (~ok).sum()
+    finally:
+        model.train(was)
+    ddp.total(hits, counts, loss, missed)
+    seen = counts > 0
+    return Evaluation(
+        accuracy=(hits.sum() / counts.sum()).item(),
+        class_accuracy=(hits[seen] / counts[seen]).mean().item(),
+        loss=(loss / (counts.sum() - missed).clamp(min=1)).item(),
+        pictures=int(counts.sum()),
+        missed=int(missed),
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one picture, best first, as (name, probability); or why it could not be read."""
+
+    path: Path
+    classes: list[tuple[str, float]]
+    error: str | None = None
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    paths: Sequence[Path],
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    *,
+    top: int = 5,
+    batch_size: int = 64,
+    precision: str = "auto",
+) -> Iterator[Prediction]:
+    """Classify picture files through the decode path of training; a broken one yields its reason, not a guess."""
+    device = next(model.parameters()).device
+    model.eval()
+    for start in range(0, len(paths), batch_size):
+        tensors: list[Tensor] = []
+        errors: dict[Path, str] = {}
+        for path in paths[start : start + batch_size]:
+            try:
+                tensors.append(to_tensor(decode(path), preprocessing))
+            except DataError as error:
+                errors[path] = str(error)
+        rows: Iterator[Tensor] = iter(())
+        if tensors:
+            with autocast(device, precision):
+                logits = model(normalise(torch.stack(tensors).to(device), preprocessing))
+            rows = iter(logits.float().softmax(1).cpu())
+        for path in paths[start : start + batch_size]:
+            if path in errors:
+                yield Prediction(path, [], errors[path])
+                continue
+            best = next(rows).topk(min(top, len(classes)))
+            yield Prediction(path, [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)])

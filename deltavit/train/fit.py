@@ -1,0 +1,294 @@
+"""`fit`, a generator: it yields a `Step` after each optimizer step, and the caller's loop shows, prunes or stops.
+
+Nothing random depends on what was drawn before: every number follows from (seed, step) or (seed, epoch, picture), so
+a resumed run, or one on another number of processes, sees the same pictures in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.attach import Adapter
+from ..core.errors import TrainingError
+from ..data import Images, augment, batches, normalise
+from ..store import Checkpoints, pack, unpack
+from . import ddp
+from .evaluate import autocast, evaluate
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train.  `batch_size` is the global batch, over all processes and accumulated parts."""
+
+    epochs: int = 30
+    batch_size: int = 64
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    head_lr: float | None = None
+    """Learning rate of the head; None: the same as the body's."""
+    weight_decay: float = 1e-4
+    """Of matrices; vectors (biases, norms) are not decayed."""
+    momentum: float = 0.9
+    warmup: float = 0.1
+    """Share of all steps in which the learning rate rises linearly; a cosine to zero follows."""
+    label_smoothing: float = 0.0
+    clip: float | None = 1.0
+    accumulate: int = 1
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution; 0 is off."""
+    augment: Literal["none", "flip", "light"] = "none"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "warmup", "label_smoothing", "mixup", "momentum"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise TrainingError(f"train.{name} must be zero or more, got {getattr(self, name)}")
+        if self.warmup > 1 or self.label_smoothing >= 1:
+            raise TrainingError("train.warmup is a share of all steps, and train.label_smoothing below 1")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.  `accuracy` is the validation accuracy, at the last step of an epoch and else None."""
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    accuracy: float | None = None
+    seconds: float = 0.0
+
+
+def fit(
+    model: nn.Module,
+    adapter: Adapter,
+    train: Images,
+    val: Images | None = None,
+    training: Training | None = None,
+    *,
+    checkpoints: Checkpoints | None = None,
+    every: float = 60.0,
+    meta: dict[str, Any] | None = None,
+) -> Iterator[Step]:
+    """Train an attached adapter; the base is not written.
+
+    Args:
+        model: the model that carries the adapter (or its compiled or DDP-wrapped form), on the device to train on.
+        val: evaluated at the end of each epoch; never used for anything else here.
+        checkpoints: a folder to continue from, where it holds a checkpoint of this very run, and to save to: at the
+            end of an epoch, after `every` seconds, and when the generator is closed.
+        meta: JSON kept in each checkpoint; a checkpoint with another is refused.
+
+    Yields:
+        A `Step` for each optimizer step not yet done.
+
+    Raises:
+        TrainingError: a loss or gradient that is not finite; trainables of half precision; a checkpoint of another run.
+    """
+    training = training or Training()
+    trained: dict[str, nn.Parameter] = adapter.tensors()  # type: ignore[assignment]
+    for name, p in trained.items():
+        if p.dtype not in (torch.float32, torch.float64):
+            raise TrainingError(
+                f"{name} is {p.dtype}, in which small steps round to nothing: load the model in float32; "
+                "train.precision='bf16' still computes in bf16"
+            )
+    ddp.same(list(trained.values()))
+    optimizer = _optimizer(trained, training)
+    per_epoch = math.ceil(len(train) / training.batch_size)
+    steps = per_epoch * training.epochs
+    device = next(iter(trained.values())).device
+    identity = {"training": asdict(training), "steps": steps, **(meta or {})}
+    done = _resume(checkpoints, trained, optimizer, identity) if checkpoints else 0
+    saved, clock, began = done, time.monotonic(), time.monotonic()
+
+    def save() -> None:
+        nonlocal saved, clock
+        if checkpoints is not None and saved != done and ddp.rank() == 0:
+            slots = list(next(iter(optimizer.state.values()), {}))
+            checkpoints.save(done, pack(_state(trained, optimizer, slots)), {**identity, "slots": slots})
+            saved, clock = done, time.monotonic()
+
+    try:
+        while done < steps:
+            epoch, start = divmod(done, per_epoch)
+            order = batches(
+                training.seed, epoch, len(train), training.batch_size, start=start,
+                rank=ddp.rank(), world=ddp.world(),
+            )  # fmt: skip
+            for _, mine, everyone in order:
+                lr = _learning_rate(optimizer, training, done, steps)
+                model.train()
+                loss = _step(model, train, optimizer, trained, training, (done, epoch, steps), mine, everyone, device)
+                done += 1
+                accuracy = None
+                if done % per_epoch == 0:
+                    if val is not None:
+                        accuracy = evaluate(model, val, precision=training.precision).accuracy
+                    save()
+                elif time.monotonic() - clock > every:
+                    save()
+                yield Step(epoch, done, steps, loss, lr, accuracy, time.monotonic() - began)
+    finally:
+        model.eval()
+        save()
+
+
+def _step(
+    model: nn.Module,
+    train: Images,
+    optimizer: torch.optim.Optimizer,
+    trained: dict[str, nn.Parameter],
+    training: Training,
+    position: tuple[int, int, int],
+    mine: Any,
+    everyone: Any,
+    device: torch.device,
+) -> float:
+    done, epoch, steps = position
+    partner, share = _mixup(training, done, len(everyone))
+    first = int((everyone == mine[0]).nonzero()[0][0]) if len(mine) else 0
+    whole = torch.zeros(1, device=device)
+    optimizer.zero_grad(set_to_none=True)
+    for part in range(training.accumulate):
+        a, b = (len(mine) * k // training.accumulate for k in (part, part + 1))
+        if a == b:
+            continue
+        x, labels = _pictures(train, mine[a:b], training, epoch, device)
+        targets = [(labels, torch.ones_like(labels, dtype=torch.float32))]
+        if share < 1:
+            other, others = _pictures(train, everyone[partner[first + a : first + b]], training, epoch, device)
+            weight = torch.where((labels >= 0) & (others >= 0), share, 1.0)
+            x = torch.lerp(other, x, weight[:, None, None, None])
+            targets = [(labels, weight), (others, 1 - weight)]
+        # what a layer draws here follows from the step alone, and the caller's random state is left as it was
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(_draw(training.seed, done, ddp.rank(), part))
+            with autocast(device, training.precision):
+                logits = model(x).float()
+        losses = [share * _cross_entropy(logits, labels, training.label_smoothing) for labels, share in targets]
+        loss = torch.stack(losses).sum() / len(everyone)
+        loss.backward()
+        whole += loss.detach()
+    ddp.sum_gradients(list(trained.values()))
+    ddp.total(whole)
+    value = whole.item()
+    where = f"at epoch {epoch + 1}, step {done + 1} of {steps}"
+    if not math.isfinite(value):
+        raise TrainingError(f"the loss is {value} {where}: lower train.lr (now {training.lr}), nothing of it was saved")
+    norm = nn.utils.clip_grad_norm_(trained.values(), math.inf if training.clip is None else training.clip)
+    if not torch.isfinite(norm):
+        bad = next((n for n, p in trained.items() if p.grad is not None and not p.grad.isfinite().all()), "?")
+        raise TrainingError(f"the gradient of {bad} is not finite {where}: lower train.lr (now {training.lr})")
+    optimizer.step()
+    return value
+
+
+def _pictures(train: Images, indices: Any, training: Training, epoch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Augmented, normalised pictures and their labels; a broken picture that policy skips has label -1."""
+    x, labels, ok = train.batch(indices)
+    x = augment(x, training.augment, seed=training.seed, epoch=epoch, indices=indices)
+    labels = torch.where(ok, labels, torch.full_like(labels, -1))
+    return normalise(x.to(device, non_blocking=True), train.preprocessing), labels.to(device)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """[B, C], [B] -> [B]; zero where the label is -1."""
+    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="none", label_smoothing=smoothing)
+
+
+def _mixup(training: Training, done: int, size: int) -> tuple[Tensor, float]:
+    """Each picture's partner in the global batch, and its own share; drawn from (seed, step) alone."""
+    if not training.mixup:
+        return torch.arange(size), 1.0
+    generator = torch.Generator().manual_seed(_draw(training.seed, done, -1, 0))
+    partner = torch.randperm(size, generator=generator)
+    gamma = [torch._standard_gamma(torch.tensor(training.mixup), generator=generator).item() for _ in range(2)]
+    share = gamma[0] / (sum(gamma) or 1.0)
+    return partner, max(share, 1 - share)
+
+
+def _draw(*key: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
+
+
+# --- optimizer -------------------------------------------------------------------------------------------------------
+
+
+def _optimizer(trained: dict[str, nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in trained.items():
+        groups.setdefault((name.startswith("head."), p.ndim > 1), []).append(p)
+    options = [
+        {
+            "params": params,
+            "peak": training.head_lr if head and training.head_lr is not None else training.lr,
+            "head": head,
+            "weight_decay": training.weight_decay if matrix else 0.0,
+        }
+        for (head, matrix), params in groups.items()
+    ]
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(options, lr=training.lr, fused=True)
+    return torch.optim.SGD(options, lr=training.lr, momentum=training.momentum, fused=True)
+
+
+def _learning_rate(optimizer: torch.optim.Optimizer, training: Training, done: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine to zero.  Returns the body's, or the head's where only that trains."""
+    rise = math.ceil(training.warmup * steps)
+    factor = (done + 1) / rise if done < rise else 0.5 * (1 + math.cos(math.pi * (done - rise) / max(1, steps - rise)))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return float(next((g for g in optimizer.param_groups if not g["head"]), optimizer.param_groups[0])["lr"])
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def _state(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, slots: list[str]) -> dict[str, Tensor]:
+    """What is trained, and what the optimizer keeps of it, by name: `blocks.0.q.up` and `blocks.0.q.up.exp_avg`."""
+    state: dict[str, Tensor] = {name: p.detach() for name, p in trained.items()}
+    return state | {f"{name}.{k}": optimizer.state[p][k] for name, p in trained.items() for k in slots}
+
+
+def _resume(
+    checkpoints: Checkpoints, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+) -> int:
+    found = checkpoints.latest()
+    if found is None:
+        return 0
+    step, packed, was = found
+    for key in identity:
+        if was.get(key) != identity[key]:
+            raise TrainingError(
+                f"the checkpoint at step {step} is of another run: {key} was {_differences(was.get(key), identity[key])}; "
+                "choose another --out, or put the recipe back"
+            )
+    slots = [str(k) for k in was["slots"]]
+    state = unpack(packed, [n for name in trained for n in (name, *(f"{name}.{k}" for k in slots))])
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(state[name])
+            optimizer.state[p] = {k: state[f"{name}.{k}"].clone().to(p.device) for k in slots}
+    return step
+
+
+def _differences(was: Any, now: Any) -> str:
+    if isinstance(was, dict) and isinstance(now, dict):
+        return ", ".join(f"{k} = {was.get(k)!r}, now {now[k]!r}" for k in now if was.get(k) != now[k])
+    return f"{was!r}, now {now!r}"
+
