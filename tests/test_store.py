@@ -22,11 +22,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltavit.core import sealed as file
 from deltavit.core.errors import FileError, TrainingError
 from deltavit.store import (
     Checkpoints,
     FolderLock,
-    file,
     inside,
     layout,
     pack,
@@ -678,11 +678,11 @@ def test_each_hostile_file_is_refused_within_a_second_and_100_mb_in_one_line(tmp
 
     def refuse(tell, path, name, says):
         limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        begin = time.perf_counter()
+        begin = time.process_time()
         try:
             read(path, expect if says == MISFIT else None)
         except FileError as why:
-            took = time.perf_counter() - begin
+            took = time.process_time() - begin
             more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - limit) / 1024
             one_line = str(why).isprintable() and len(str(why)) < 700 and str(why).startswith(f"cannot read {path}: ")
             tell(f"{name}|{took:.3f}|{more:.0f}|{one_line}|{why}")

@@ -10,6 +10,7 @@ Loading compares what the file claims with what its method would train on this v
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,21 @@ from torch import nn
 from .attach import Adapter, Plan, attach, plan
 from .errors import DeltavitError, FileError, MethodError
 from .method import Method, method
-from .sealed import pack, packed_shapes, read, read_header, shown, unpack, write
+from .sealed import pack, packed_shapes, read, read_header, reason, shown, unpack, write
 from .site import Preprocessing, anatomy
 
 VERSION = 1
+OPTIONS = 2048
+"""Bytes that a method's options may have in a file: a role or block named a million times would cost minutes."""
 
 
 def save(adapter: Adapter, path: str | Path) -> int:
     """Write an attached adapter; its size in bytes.  At most the bytes of what trains, and 16 KiB."""
     adapter._must_be("attached", "disabled")
     vit = adapter.vit
+    bad = next((name for name, t in adapter.tensors().items() if not t.isfinite().all()), None)
+    if bad is not None:
+        raise FileError(f"cannot write {shown(path)}: {bad} is not finite, so the training diverged; lower its lr")
     header = {
         "adapter": VERSION,
         "base": {"name": vit.name, "options": vit.options, "fingerprint": vit.fingerprint},
@@ -74,28 +80,25 @@ def info(path: str | Path) -> Info:
         raise FileError(f"{where} is {'of a newer format: update deltavit' if newer else 'not an adapter file'}")
     try:
         base, chosen, classes = meta["base"], meta["method"], meta["classes"]
-        shapes = {"mean": tuple(map(float, meta["preprocessing"]["mean"])), "std": tuple(map(float, meta["preprocessing"]["std"]))}
+        if len(json.dumps(chosen["options"])) > OPTIONS:
+            raise ValueError(f"its method has more than {OPTIONS:,} bytes of options")
         said = Info(
             path=Path(path),
             base=_text(base["name"]),
             options=_options(base["options"]),
             fingerprint=_text(base["fingerprint"]),
             method=method(_text(chosen["name"]), **chosen["options"]),
-            seed=int(meta["seed"]),
+            seed=_seed(meta["seed"]),
             frozen=_text(meta["frozen"]),
-            classes=None if classes is None else [_text(c) for c in classes],
-            preprocessing=Preprocessing(**{**meta["preprocessing"], **shapes}),
+            classes=None if classes is None else _class_names(classes),
+            preprocessing=_preprocessing(**meta["preprocessing"]),
             training=dict(meta["training"]),
             layout=header.tensors,
             bytes=header.bytes,
         )
-        if said.classes is not None and len(set(said.classes)) != len(said.classes):
-            raise ValueError("a class comes twice")
-        if not (type(said.preprocessing.size) is int and 0 < said.preprocessing.size <= 4096):
-            raise ValueError(f"pictures of {said.preprocessing.size} pixels")
     except (KeyError, TypeError, ValueError, AttributeError, MethodError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise FileError(f"{where} is damaged or of another version: {reason}") from None
+        why = f"no {error}" if isinstance(error, KeyError) else reason(error)
+        raise FileError(f"{where} is damaged or of another version: {why}") from None
     return said
 
 
@@ -114,19 +117,22 @@ def load(path: str | Path, model: nn.Module) -> Adapter:
             f"{where} was trained on {said.base}{at} ({said.fingerprint[:6]}), "
             f"this model is {vit.name} ({vit.fingerprint[:6]}): load that base first"
         )
+    if said.preprocessing.size != vit.preprocessing.size:
+        sizes = f"{said.preprocessing.size} px, {vit.name} takes {vit.preprocessing.size}"
+        raise FileError(f"{where} asks for pictures of {sizes}")
     dtype = "F64" if next(iter(vit.tensors().values())).dtype == torch.float64 else "F32"
     try:
         wanted = _wanted(plan(model, said.method, said.classes), said.classes, dtype, vit.features)
     except (DeltavitError, RuntimeError, ValueError, OverflowError, TypeError) as error:
-        raise FileError(f"{where} asks for what {vit.name} cannot take: {str(error).splitlines()[0]}") from None
+        raise FileError(f"{where} asks for what {vit.name} cannot take: {reason(error)}") from None
     packed, _ = read(path, packed_shapes(wanted), follow=True)
     values = unpack(packed, list(wanted))
     adapter = attach(model, said.method, classes=said.classes, seed=said.seed)
     if said.frozen != adapter.frozen():
         adapter.detach()
         raise FileError(
-            f"{where}: torch {torch.__version__} draws other numbers from seed {said.seed} than the one that trained it, "
-            "and they are part of the change; load it with that torch"
+            f"{where}: torch {torch.__version__} draws other numbers from seed {said.seed} than the one that trained "
+            "it, and they are part of the change; load it with that torch"
         )
     with torch.no_grad():
         for name, p in adapter.tensors().items():
@@ -151,8 +157,31 @@ def _text(value: Any) -> str:
 
 
 def _options(value: Any) -> dict[str, Any]:
-    if not (isinstance(value, dict) and set(value) <= {"image_size"} and all(type(v) is int for v in value.values())):
+    if not (isinstance(value, dict) and set(value) <= {"image_size"} and all(map(_pixels, value.values()))):
         raise TypeError("options of the base that are not known")
     return value
 
 
+def _pixels(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 4096
+
+
+def _seed(value: Any) -> int:
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{value!r:.40} is not a seed")
+    return value
+
+
+def _class_names(value: Any) -> list[str]:
+    if not isinstance(value, list) or len({_text(name) for name in value}) != len(value):
+        raise ValueError("classes that are no list of different names")
+    return value
+
+
+def _preprocessing(size: Any, mean: Any, std: Any, interpolation: Any, resize: Any, crop: Any) -> Preprocessing:
+    said = Preprocessing(
+        size, tuple(map(float, mean)), tuple(map(float, std)), _text(interpolation), _text(resize), float(crop)  # type: ignore[arg-type]
+    )  # fmt: skip
+    if not (_pixels(size) and len(said.mean) == len(said.std) == 3 and min(said.std) > 0 and 0 < said.crop <= 1):
+        raise ValueError("a preprocessing that cannot be")
+    return said

@@ -20,6 +20,8 @@ class Method(ABC):
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    starts_as_base: ClassVar[bool] = True
+    """Whether the adapted model equals the base before training."""
 
     @abstractmethod
     def edits(self, vit: Anatomy) -> Iterator[Edit]:

@@ -17,8 +17,7 @@ class Full(Method):
     """Full fine-tuning.
 
     Every tensor of the backbone trains: 85,798,656 on ViT-B/16.  Give the body a smaller learning rate than the head
-    (AdamW at most 1e-4 in every careful comparison).  A tensor that no output depends on is left out: none in timm's
-    ViTs.
+    (AdamW at most 1e-4 in every careful comparison).
     """
 
     paper = "baseline"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.errors import FileError
-from . import file
+from ..core import sealed as file
 
 _NAME = re.compile(r"checkpoint-([0-9]{9,18})\.safetensors")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..core.errors import FileError, TrainingError
-from . import file
+from ..core import sealed as file
 
 _FAR = 1 << 30  # Windows forbids others to read a locked byte, so we lock one that is not there
 

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from ..core.errors import FileError
-from .file import shown
+from ..core.sealed import shown
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]")

@@ -1,0 +1,27 @@
+"""Facts that a new method adds one row to: name, options, model, parameters of the body, source of the number."""
+
+FACTS = [
+    ("full", {}, "vit_base_patch16_224", 85_798_656, "backbone without head"),
+    ("linear", {}, "vit_base_patch16_224", 0, "the head alone"),
+    ("bitfit", {}, "vit_base_patch16_224", 102_912, "all biases; VTAB row .10 M"),
+    ("bitfit", {"which": "linear"}, "vit_base_patch16_224", 82_944, "biases of the blocks' linear layers"),
+    ("layernorm", {}, "vit_base_patch16_224", 38_400, "25 norms"),
+    ("layernorm", {"which": "final"}, "vit_base_patch16_224", 1_536, "Kronecker paper's Table 2: 131,497 with its head"),
+    ("layernorm", {}, "vit_base_patch16_clip_224", 39_936, "26 norms; log of an independent re-run"),
+    ("attention", {}, "vit_base_patch16_224", 28_348_416, "L(4D^2 + 4D)"),
+    ("lora", {"rank": 4}, "vit_base_patch16_224", 147_456, "36,864 r"),
+    ("lora", {"rank": 8}, "vit_base_patch16_224", 294_912, "36,864 r; VTAB row .29 M"),
+    ("lora", {"rank": 16}, "vit_base_patch16_224", 589_824, "36,864 r"),
+    ("lora-fix", {"rank": 4}, "vit_base_patch16_224", 73_728, "half of LoRA"),
+    ("kadaptation", {"share": True}, "vit_base_patch16_224", 36_928, "L 2 2D r + n^3"),
+    ("kadaptation", {}, "vit_base_patch16_224", 36_992, "L 2 2D r + 2 n^3"),
+    ("fact-tt", {"rank": 4}, "vit_base_patch16_224", 8_448, "2Dr + 12Lr^2; the 8K version"),
+    ("fact-tt", {"rank": 8}, "vit_base_patch16_224", 21_504, "2Dr + 12Lr^2"),
+    ("fact-tt", {"rank": 16}, "vit_base_patch16_224", 61_440, "2Dr + 12Lr^2"),
+    ("fact-tt", {"rank": 32}, "vit_base_patch16_224", 196_608, "2Dr + 12Lr^2"),
+    ("fact-tk", {"rank": 4}, "vit_base_patch16_224", 6_784, "2Dr + r^3 + 12Lr"),
+    ("fact-tk", {"rank": 8}, "vit_base_patch16_224", 13_952, "2Dr + r^3 + 12Lr; VTAB row .014 M"),
+    ("fact-tk", {"rank": 16}, "vit_base_patch16_224", 30_976, "2Dr + r^3 + 12Lr"),
+    ("fact-tk", {"rank": 32}, "vit_base_patch16_224", 86_528, "2Dr + r^3 + 12Lr"),
+    ("fact-tk", {"rank": 64}, "vit_base_patch16_224", 369_664, "2Dr + r^3 + 12Lr"),
+]
