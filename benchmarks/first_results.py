@@ -103,7 +103,10 @@ def measure(chosen: argparse.Namespace) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=1))
         os.replace(temporary, path)
-        print(f"{key}  val {record['val']:.3f}  test {record['test']}  loss {record['loss']:.3f}  {seconds:.0f} s", flush=True)
+        print(
+            f"{key}  val {record['val']:.3f}  test {record['test']}  loss {record['loss']:.3f}  {seconds:.0f} s",
+            flush=True,
+        )
         return record
 
     rates: dict[str, float] = {}
@@ -143,7 +146,9 @@ def report(records: Path, to: Path) -> None:
             spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
             cells.append(f"{statistics.mean(scores):.1f}{spread}" if scores else "-")
         first = [100 * r["test"] for r in mine if r["set"] == sets[0]]
-        picture.append((method, mine[0]["body"], statistics.mean(first), statistics.stdev(first) if len(first) > 1 else 0))
+        picture.append(
+            (method, mine[0]["body"], statistics.mean(first), statistics.stdev(first) if len(first) > 1 else 0)
+        )
         seconds = [r["seconds"] for r in mine]
         lines.append(
             f"| {method} | {mine[0]['body']:,} | {mine[0]['lr']:g} | " + " | ".join(cells)

@@ -616,3 +616,14 @@ def test_a_class_with_nothing_but_broken_pictures_is_an_error(split):
 def test_an_unknown_policy_is_refused(split):
     with pytest.raises(DataError, match="did you mean 'skip'"):
         Images(split, SMALL, broken="skipp")
+
+
+def test_pictures_asked_for_ahead_are_those_of_the_batch(tmp_path):
+    split = Split("train", tuple(picture(tmp_path / f"{i}.png", i, (9, 7)) for i in range(6)), (0,) * 6)
+    plain = Images(split, Preprocessing(size=8), cache_bytes=0, workers=0).batch(range(6))[0]
+    images = Images(split, Preprocessing(size=8), cache_bytes=0)
+    images.ahead([3, 4, 5])
+    images.ahead([3])
+    assert torch.equal(images.batch([4, 3, 0])[0], plain[[4, 3, 0]])
+    assert torch.equal(images.batch([5, 5, 1])[0], plain[[5, 5, 1]])
+    assert not images._coming

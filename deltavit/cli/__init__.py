@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import torch
 import typer
 
 from ..core.errors import DeltavitError
@@ -38,9 +39,11 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
-    except (DeltavitError, MemoryError, OSError) as error:
+    except (DeltavitError, MemoryError, OSError, torch.OutOfMemoryError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError):
+            line = f"the device is out of memory: raise train.accumulate, or lower train.batch_size ({line[:120]})"
         say(f"deltavit: {line}")
         if "--json" in sys.argv:
-            print(json.dumps({"error": line}, ensure_ascii=False))
+            print(json.dumps({"error": line}))
         sys.exit(1)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..demo.compare import EPOCHS, METHODS, SEEDS, run
+from ..demo.compare import EPOCHS, METHODS, RATES, SEEDS, run, search, write_digits
 from . import options as o
 from .output import bar, result, say, table
 
@@ -17,9 +17,13 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where digits/, demo.json and demo.png go.")] = Path("demo-out"),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = SEEDS,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the 200 training images.")] = EPOCHS,
+    rates: Annotated[bool, typer.Option("--search", help="Choose learning rates on val instead.")] = False,
     json: o.Json = False,
 ) -> None:
     """Compare six methods on handwritten digits with the backbone in the package; no network is needed."""
+    if rates:
+        _search(out, epochs, json)
+        return
     rows = []
     with bar("demo", len(METHODS)) as shown:
         for row in run(out, seeds, epochs):
@@ -41,3 +45,15 @@ def demo(
 
     values = [{**dataclasses.asdict(r), "mean": r.mean, "spread": r.spread} for r in rows]
     result({"rows": values, "picture": str(out / "demo.png")}, json, print_table)
+
+
+def _search(out: Path, epochs: int, json: bool) -> None:
+    found: dict[str, dict[float, float]] = {}
+    with bar("search", len(METHODS) * len(RATES)) as shown:
+        for name, lr, accuracy in search(write_digits(out / "digits"), epochs):
+            found.setdefault(name, {})[lr] = accuracy
+            shown.advance(sum(map(len, found.values())))
+            say(f"{name:12} {lr:7.4f}  val {100 * accuracy:5.1f} %")
+    best = {name: max(scores, key=lambda lr: scores[lr]) for name, scores in found.items()}
+    values = {"best": best, "val": {n: {str(k): v for k, v in s.items()} for n, s in found.items()}}
+    result(values, json, lambda: table("", ("method", "learning rate"), best.items()))

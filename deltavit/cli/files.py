@@ -30,4 +30,7 @@ def merge(
         raise FileError(f"{out} exists: choose another --out, or give --overwrite")
     net, loaded, said = opened(adapter, model, weights, "cpu")
     size = merge_to_file(net, loaded, out)
-    result({"model": str(out), "bytes": size, "base": said.base, "classes": loaded.classes, "method": said.method.name}, json)
+    result(
+        {"model": str(out), "bytes": size, "base": said.base, "classes": loaded.classes, "method": said.method.name},
+        json,
+    )

@@ -69,7 +69,9 @@ def methods(
 
 def plan(
     changes: o.Changes = None,
-    model: Annotated[str, typer.Option("--model", help="timm name, vit_pico or tiny; no weights are needed.")] = "vit_pico",
+    model: Annotated[
+        str, typer.Option("--model", help="timm name, vit_pico or tiny; no weights are needed.")
+    ] = "vit_pico",
     method: Annotated[str, typer.Option("--method", help="Name from `deltavit methods`.")] = "lora",
     classes: Annotated[int, typer.Option(min=1, help="Classes of the head.")] = 100,
     image_size: o.Size = None,
@@ -105,6 +107,7 @@ def doctor(json: o.Json = False) -> None:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    versions["torch"] = torch.__version__  # with its build, such as +cu132
     try:
         import torchvision
 
@@ -121,7 +124,9 @@ def doctor(json: o.Json = False) -> None:
     for i in range(torch.cuda.device_count()):
         free, whole = torch.cuda.mem_get_info(i)
         bf16 = ", bf16" if native_bf16(torch.device("cuda", i)) else ""
-        devices.append(f"cuda:{i} {torch.cuda.get_device_name(i)}, {free / 2**30:.1f} of {whole / 2**30:.1f} GiB free{bf16}")
+        devices.append(
+            f"cuda:{i} {torch.cuda.get_device_name(i)}, {free / 2**30:.1f} of {whole / 2**30:.1f} GiB free{bf16}"
+        )
     if torch.backends.mps.is_available():
         devices.append("mps")
     memory = None
@@ -151,5 +156,3 @@ def doctor(json: o.Json = False) -> None:
         say(f"fault: {fault}")
     if faults:
         raise typer.Exit(1)
-
-

@@ -20,19 +20,19 @@ from ..train.fit import Step
 PATIENCE = 2.0
 """Seconds after which a command shows how far it is."""
 
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 T = TypeVar("T")
 
 
 def say(line: str) -> None:
     """One line for a person, on standard error."""
-    errors.print(line, markup=False)
+    errors.print(line)
 
 
 def result(values: dict[str, Any], as_json: bool, shown: Callable[[], None] | None = None) -> None:
     """The result of a command: one JSON object as the last line of standard output, or what a person reads."""
     if as_json:
-        print(json.dumps(values, ensure_ascii=False))
+        print(json.dumps(values))
     elif shown is not None:
         shown()
     else:
@@ -47,7 +47,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], rig
         made.add_column(column, justify="right" if i in right else "left", no_wrap=i in right or i == 0)
     for row in rows:
         made.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row))
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(made)
+    # names of files and classes are printed as they are: no [markup], no :emoji:
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False).print(made)
 
 
 class Bar:

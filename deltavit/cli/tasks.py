@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -18,7 +19,7 @@ from ..train import ddp
 from ..train import evaluate as evaluate_images
 from ..train import predict as predict_files
 from ..train.recipe import read_recipe
-from ..train.run import pick_device, run
+from ..train.run import SPLIT, pick_device, run
 from . import options as o
 from .output import Interrupted, bar, drive, result, say, table
 
@@ -31,8 +32,8 @@ def train(
     weights: o.Weights = None,
     image_size: o.Size = None,
     method: o.MethodName = None,
-    out: Annotated[Optional[Path], typer.Option(help="Folder of the run; runs/DATA-MODEL-METHOD-SEED by default.")] = None,  # noqa: UP045
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the run; else runs/DATA-MODEL-METHOD-SEED.")] = None,  # noqa: UP045
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, from its checkpoint.")] = False,
     epochs: Annotated[Optional[int], typer.Option(help="Same as train.epochs=N.")] = None,  # noqa: UP045
     lr: Annotated[Optional[float], typer.Option(help="Same as train.lr=X.")] = None,  # noqa: UP045
     seed: Annotated[Optional[int], typer.Option(help="Same as train.seed=N.")] = None,  # noqa: UP045
@@ -55,13 +56,15 @@ def train(
         train={"epochs": epochs, "lr": lr, "seed": seed},
     )
     if out is None:
-        names = (Path(chosen.data.path).name, chosen.model.name, chosen.build_method().name, str(chosen.train.seed))
-        out = Path("runs") / "-".join(names)
+        folder = Path(chosen.data.path).resolve().name
+        out = Path("runs") / f"{folder}-{chosen.model.name}-{chosen.build_method().name}-{chosen.train.seed}"
     with ddp.group():
         try:
-            values = drive(run(chosen, out, resume=resume, test=test, say=say), chosen.build_method().name)
+            steps = run(chosen, out, resume=resume, test=test, say=say)
+            values = drive(steps, chosen.build_method().name, quiet=ddp.rank() > 0)
         except Interrupted:
-            raise Interrupted(f"stopped; continue with: deltavit train --resume --out {out}") from None
+            again = f"deltavit train --resume --out {shlex.quote(str(out))}{'' if test else ' --no-test'}"
+            raise Interrupted(f"stopped; continue with: {again}") from None
         if ddp.rank() == 0:
             result(_brief(values), json)
 
@@ -84,7 +87,7 @@ def evaluate(
     deltavit evaluate --adapter runs/flowers/adapter.safetensors --data flowers/ --split val
     """
     net, loaded, said = opened(adapter, model, weights, device)
-    found = open_data(data)
+    found = open_data(data, **_cut(said))
     part = getattr(found, split, None) if split in ("train", "val", "test") else None
     if part is None:
         raise DataError(f"{data} has no split {split!r}; it has train, val{'' if found.test is None else ', test'}")
@@ -97,6 +100,14 @@ def evaluate(
     for line in images.broken:
         say(f"counted as a miss: {line}")
     result({**dataclasses.asdict(scores), "split": split, "adapter": str(said.path), "model": said.base}, json)
+
+
+def _cut(said: Info) -> dict[str, Any]:
+    """How the adapter's run cut its pictures into splits: what it trained on must not be in the test split now."""
+    told = said.training.get("recipe", {})
+    cut = told.get("data", {}) if isinstance(told, dict) else {}
+    section = read_recipe(data=cut if isinstance(cut, dict) else {}).data
+    return {key: getattr(section, key) for key in SPLIT}
 
 
 def predict(

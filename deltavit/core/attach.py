@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .edit import After, Before, Change, Edit, LowRank, Own, Rewrite, Swap, thin
+from .edit import After, Before, Change, Edit, LowRank, Own, Rewrite, thin
 from .errors import AdapterError, MethodError
 from .method import Method
 from .site import Anatomy, Site, anatomy
@@ -172,26 +173,27 @@ class _Outputs(nn.Module):
         if len(self.rows) == 1 and self.rows[0] == (0, self.out):
             change = self.changes[0]
             return *change.factors(), change.shift  # type: ignore[operator, return-value]
-        factors = [change.factors() for change in self.changes]  # type: ignore[operator]
+        changes: list[Any] = list(self.changes)
+        factors = [change.factors() for change in changes]
         downs = list({id(down): down for _, down in factors}.values())
-        columns = []
-        for down in downs:
-            column, at = [], 0
-            for (a, b), (up, mine) in zip(self.rows, factors, strict=True):
-                if mine is down:
-                    column += [up.new_zeros(a - at, up.shape[1]), up]
-                    at = b
-            columns.append(torch.cat([*column, column[-1].new_zeros(self.out - at, column[-1].shape[1])]))
-        shift = None
-        if any(change.shift is not None for change in self.changes):
-            shift, at, parts = None, 0, []
-            for (a, b), change in zip(self.rows, self.changes, strict=True):
-                like = change.shift if change.shift is not None else factors[0][0].new_zeros(b - a)
-                parts += [like.new_zeros(a - at), like]  # type: ignore[operator, union-attr]
-                at = b
-            shift = torch.cat([*parts, parts[-1].new_zeros(self.out - at)])  # type: ignore[operator, union-attr]
-        up = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
-        return up, downs[0] if len(downs) == 1 else torch.cat(downs), shift
+        ups = [
+            _spread([(rows, up) for rows, (up, mine) in zip(self.rows, factors, strict=True) if mine is down], self.out)
+            for down in downs
+        ]
+        shifts = [(rows, c.shift) for rows, c in zip(self.rows, changes, strict=True) if c.shift is not None]
+        up = ups[0] if len(ups) == 1 else torch.cat(ups, 1)
+        down = downs[0] if len(downs) == 1 else torch.cat(downs)
+        return up, down, _spread(shifts, self.out) if shifts else None
+
+
+def _spread(pieces: list[tuple[tuple[int, int], Tensor]], out: int) -> Tensor:
+    """[out, ...] with each piece in its rows, which are in rising order, and zeros in all others."""
+    parts: list[Tensor] = []
+    at = 0
+    for (a, b), piece in pieces:
+        parts += [piece.new_zeros(a - at, *piece.shape[1:]), piece]
+        at = b
+    return torch.cat([*parts, pieces[-1][1].new_zeros(out - at, *pieces[-1][1].shape[1:])])
 
 
 def add_thin(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -216,7 +218,7 @@ class _Around(nn.Module):
 
 
 class _Shadows(nn.Module):
-    """What adapters have shadowed in one host, bottom first, registered here so that it follows `.to` and `deepcopy`."""
+    """What adapters have shadowed in one host, bottom first; registered, so that it follows `.to` and `deepcopy`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,21 +235,18 @@ def _slot(host: nn.Module, name: str) -> dict[str, Any]:
 
 def _place(host: nn.Module, name: str, value: nn.Parameter | nn.Module, owner: int) -> None:
     """Put a value over what the host calls `name`."""
-    shadows = host._modules.get("_deltavit_shadows")
-    if shadows is None:
-        shadows = host._modules["_deltavit_shadows"] = _Shadows()
-    slot = _slot(host, name)
-    stack = shadows.stacks.setdefault(name, [])
-    (shadows._parameters if isinstance(value, nn.Parameter) else shadows._modules)[
-        shadows.of(name, len(stack))
-    ] = slot[name]
+    shadows: Any = host._modules.setdefault("_deltavit_shadows", None) or _Shadows()
+    host._modules["_deltavit_shadows"] = shadows
+    slot, stack = _slot(host, name), shadows.stacks.setdefault(name, [])
+    store = shadows._parameters if isinstance(value, nn.Parameter) else shadows._modules
+    store[shadows.of(name, len(stack))] = slot[name]
     stack.append(owner)
     slot[name] = value
 
 
 def _withdraw(host: nn.Module, name: str, owner: int, keep: bool = False) -> None:
     """Take an owner's value away again, wherever in the stack it is; `keep` makes it the new base instead."""
-    shadows: _Shadows = host._modules["_deltavit_shadows"]
+    shadows: Any = host._modules["_deltavit_shadows"]
     slot, stack = _slot(host, name), shadows.stacks[name]
     store = shadows._parameters if slot is host._parameters else shadows._modules
     values = [store.pop(shadows.of(name, i)) for i in range(len(stack))] + [slot[name]]
@@ -353,25 +352,22 @@ def attach(model: nn.Module, method: Method, *, classes: int | Sequence[str] | N
     vit = anatomy(model)
     names = None if classes is None else _classes(classes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the caller's GPU too
         edits = _edits(method, vit, "cpu")
         head = None if names is None else _head(vit, len(names))
     if not edits and head is None:
         raise MethodError(f"{method.name} trains only the head: attach it with classes=...")
-    if "_deltavit_record" not in model.__dict__:
-        model.__dict__["_deltavit_record"] = _Record(model)
-    record: _Record = model.__dict__["_deltavit_record"]
-    record.count += 1
+    record: _Record = model.__dict__.get("_deltavit_record") or _Record(model)
     own = {e.name: nn.Parameter(vit.tensors()[e.name].detach().clone()) for e in edits if isinstance(e, Own)}
     trained = {**_names(edits, vit), **own}
     adapter = Adapter(model, vit, method, edits, trained, own, head, names, seed, record.count)
-    for p in model.parameters():
+    adapter._fits()  # nothing is touched before this line
+    for p, _ in record.flags:
         p.requires_grad_(False)
-    for other in record.adapters:
-        for p in other.parameters():
-            p.requires_grad_(True)
     adapter._install()
+    model.__dict__["_deltavit_record"] = record
     record.adapters.append(adapter)
+    record.count += 1
     return adapter
 
 
@@ -457,16 +453,8 @@ class Adapter:
                             yield site, self._base(site), self._trained[edit.name].detach()[a:b]
 
     def _base(self, site: Site) -> Tensor:
-        host = self.model.get_submodule(site.path)
-        shadows = host._modules.get("_deltavit_shadows")
-        if shadows is not None and f"{site.param}@0" in shadows._parameters:
-            W = shadows._parameters[f"{site.param}@0"]
-        elif parametrize.is_parametrized(host, site.param):
-            W = host.parametrizations[site.param].original  # type: ignore[index, union-attr]
-        else:
-            W = getattr(host, site.param)
         a, b = site.rows
-        return W.detach()[a:b]
+        return _original(self.model.get_submodule(site.path), site.param)[a:b]
 
     # in and out
 
@@ -490,7 +478,7 @@ class Adapter:
             else:
                 path, _, name = edit.path.rpartition(".")
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(self.seed)
+                    torch.default_generator.manual_seed(self.seed)
                     new = edit.build(modules(edit.path)).to(device, dtype)
                 self._trained.update({f"{edit.name}.{n}": p for n, p in new.named_parameters()})
                 self._parts.append(_Shadow(modules(path), name, new, self._number))
@@ -504,7 +492,7 @@ class Adapter:
     def _rewrite(
         self, host: nn.Module, path: str, param: str, pieces: list[tuple[Site, Change]]
     ) -> list[_Guest | _Parametrized | _Shadow]:
-        for (one, _), (two, _) in zip(pieces, pieces[1:], strict=False):
+        for (one, _), (two, _) in pairwise(pieces):
             if one.rows[1] > two.rows[0]:
                 raise MethodError(f"{self.method.name} rewrites {two.name} twice")
         for site, change in pieces:
@@ -519,12 +507,14 @@ class Adapter:
             parts.append(_Parametrized(host, shifted[0][0].bias or "", _Weights(shifted, bias=True)))
         return parts
 
-    def _install(self) -> None:
+    def _fits(self) -> None:
         for part in self._parts:
             if isinstance(part, _Parametrized) and part.param not in part.host._parameters | _parametrized(part.host):
                 raise AdapterError(f"{part.param} is owned by another adapter: detach that one first")
             if isinstance(part, _Shadow) and part.name in _parametrized(part.host):
                 raise AdapterError(f"{part.name} is rewritten by another adapter: detach that one first")
+
+    def _install(self) -> None:
         for part in self._parts:
             part.install()
         self.state = "attached"
@@ -579,10 +569,8 @@ class Adapter:
                 site, host = edit.site, self.model.get_submodule(edit.site.path)
                 writes.append((self._base(site), edit.change.weight))
                 if edit.change.moves_bias and site.bias:
-                    bias = host.parametrizations[site.bias].original if site.bias in _parametrized(host) else None  # type: ignore[index, union-attr]
-                    bias = getattr(host, site.bias) if bias is None else bias
                     a, b = site.rows
-                    writes.append((bias.detach()[a:b], edit.change.bias))
+                    writes.append((_original(host, site.bias)[a:b], edit.change.bias))
         self._remove(keep=True)
         for old, new in writes:
             old.copy_(new(old.to(torch.promote_types(old.dtype, torch.float32))))
@@ -611,8 +599,14 @@ class Adapter:
         return f"Adapter({self.method.name} on {self.vit.name}, {body:,} + {head:,} parameters, {self.state})"
 
 
+def _original(host: nn.Module, name: str) -> Tensor:
+    """The base's own tensor, whatever lies over it."""
+    shadows: Any = host._modules.get("_deltavit_shadows")
+    if shadows is not None and f"{name}@0" in shadows._parameters:
+        return shadows._parameters[f"{name}@0"].detach()  # type: ignore[no-any-return]
+    original = _parametrized(host)[name].original if name in _parametrized(host) else getattr(host, name)
+    return original.detach()  # type: ignore[no-any-return]
+
+
 def _parametrized(host: nn.Module) -> dict[str, Any]:
     return dict(host.parametrizations.items()) if parametrize.is_parametrized(host) else {}  # type: ignore[union-attr, operator]
-
-
-

@@ -1,13 +1,13 @@
 """Our exceptions.
 
-    DeltavitError              everything deltavit refuses, one line that says what, with the value, and the way out
-    ├── ModelError             not a Vision Transformer we know, or weights that do not fit
-    ├── MethodError            no such method, an option that is wrong, or a method that this model cannot take
-    ├── DataError              a folder, list or picture that cannot be read as asked
-    ├── AdapterError           an adapter in the wrong state for what was asked (merged, detached)
-    ├── FileError              an adapter or checkpoint file that is torn, hostile, or of another base
-    ├── RecipeError            a recipe with an unknown key or an impossible value
-    └── TrainingError          a run that cannot go on: a NaN loss, a folder that another process owns
+DeltavitError              everything deltavit refuses, one line that says what, with the value, and the way out
+├── ModelError             not a Vision Transformer we know, or weights that do not fit
+├── MethodError            no such method, an option that is wrong, or a method that this model cannot take
+├── DataError              a folder, list or picture that cannot be read as asked
+├── AdapterError           an adapter in the wrong state for what was asked (merged, detached)
+├── FileError              an adapter or checkpoint file that is torn, hostile, or of another base
+├── RecipeError            a recipe with an unknown key or an impossible value
+└── TrainingError          a run that cannot go on: a NaN loss, a folder that another process owns
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ def load(path: str | Path, model: nn.Module) -> Adapter:
 
     Raises:
         FileError: another base; tensors that are missing, extra or misshapen; NaN; a broken seal; not an adapter.
-        All of it is refused before anything is allocated or the model is touched, except NaN and the seal, which
-        need the payload.
+            All of it is refused before anything is allocated or the model is touched, except NaN and the seal, which
+            need the payload.
     """
     said, vit, where = info(path), anatomy(model), shown(path)
     if said.fingerprint != vit.fingerprint:

@@ -1,4 +1,4 @@
-"""`Method`: a frozen dataclass that describes, as data, what it does to a frozen Vision Transformer; and its registry."""
+"""`Method`: a frozen dataclass that describes, as data, what it does to a frozen Vision Transformer."""
 
 from __future__ import annotations
 
@@ -79,15 +79,22 @@ def _read(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
     for key in options:
         if key not in known:
             raise MethodError(unknown(f"option of {label}", key, known))
-    return {key: _as(known[key], value, f"{label}.{key}") for key, value in options.items()}
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    read = {}
+    for key, value in options.items():
+        if dataclasses.is_dataclass(defaults[key]) and isinstance(value, Mapping):
+            # where.blocks=0,1 chooses blocks and keeps the roles that the method acts on by default
+            read[key] = dataclasses.replace(defaults[key], **_read(type(defaults[key]), value))  # type: ignore[type-var, arg-type]
+        else:
+            read[key] = _as(known[key], value, f"{label}.{key}")
+    return read
 
 
 def _as(kind: Any, value: Any, label: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            if type(None) in args:
-                return None
+        if type(None) in args and (value is None or (isinstance(value, str) and value.lower() == "none")):
+            return None
         for arg in (a for a in args if a is not type(None)):
             try:
                 return _as(arg, value, label)

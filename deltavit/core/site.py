@@ -31,7 +31,7 @@ class Site:
     param: str = "weight"
     bias: str | None = "bias"
     called: bool = True
-    """False: the forward of the module at `path` never runs (the model reads its weight itself), so hooks are silent."""
+    """False: the module at `path` never runs forward (the model reads its weight itself), so hooks are silent."""
 
     @property
     def name(self) -> str:
@@ -104,7 +104,9 @@ class Anatomy:
         for role in where.roles:
             if role not in known:
                 raise MethodError(f"{self.name} has no role {role!r}; it has {', '.join(known)}")
-        found = [self.linears[b][role] for b in blocks for role in where.roles if role in self.linears[b]]
+        found = [
+            self.linears[b][role] for b in blocks for role in dict.fromkeys(where.roles) if role in self.linears[b]
+        ]
         if not found:
             raise MethodError(f"nothing selected in {self.name}: roles {list(where.roles)}, blocks {where.blocks}")
         return found

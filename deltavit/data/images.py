@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -48,6 +48,8 @@ class Images:
         self._broken: dict[int, str] = {}
         self._cached: set[int] = set()
         self._cache: Tensor | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: dict[int, Future[Tensor | DataError]] = {}
         shape = (len(split), *self._shape)
         if torch.Size(shape).numel() <= (_default_budget() if cache_bytes is None else cache_bytes):
             self._cache = torch.empty(shape, dtype=torch.uint8)
@@ -77,16 +79,22 @@ class Images:
         ok = torch.tensor([i not in self._broken for i in asked], dtype=torch.bool)
         return pictures, self._labels[torch.tensor(asked, dtype=torch.int64)], ok
 
+    def ahead(self, indices: Sequence[int]) -> None:
+        """Begin to decode pictures that the next `batch` will ask for, while the caller does something else."""
+        if self.workers:
+            self._pool = self._pool or ThreadPoolExecutor(self.workers, "decode")
+            for i in map(int, indices):
+                if i not in self._cached and i not in self._broken and i not in self._coming:
+                    self._coming[i] = self._pool.submit(self._one, i)
+
     @property
     def _shape(self) -> tuple[int, int, int]:
         return (3, self.preprocessing.size, self.preprocessing.size)
 
     def _decode(self, missing: list[int]) -> dict[int, Tensor]:
-        if self.workers and len(missing) > 1:
-            with ThreadPoolExecutor(self.workers) as pool:
-                results = list(pool.map(self._one, missing))
-        else:
-            results = [self._one(i) for i in missing]
+        if len(missing) > 1:
+            self.ahead(missing)
+        results = [self._coming.pop(i).result() if i in self._coming else self._one(i) for i in missing]
         good = {}
         for i, result in zip(missing, results, strict=True):
             if isinstance(result, DataError):

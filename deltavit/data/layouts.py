@@ -239,7 +239,7 @@ def _inside(root: Path, relative: str, at: str) -> Path:
         if kind(relative).anchor or ".." in kind(relative).parts or "\0" in relative:
             raise DataError(f"{at}: {relative[:80]!r} leaves {shown(root)}; paths must be relative and stay below it")
     path = root / relative
-    if not os.path.isfile(path):  # noqa: PTH113  Path.is_file raises where the name is too long
+    if not os.path.isfile(path):
         raise DataError(f"{at}: there is no file {shown(path)}")
     return path
 

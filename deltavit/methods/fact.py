@@ -42,7 +42,7 @@ class Slices(LowRank):
         long = max(site.shape)
         if min(site.shape) != width or long % width:
             raise ValueError(
-                f"{site.name} is {site.shape[0]} x {site.shape[1]}, which cannot be cut into slices of {width} x {width}"
+                f"{site.name} is {site.shape[0]} x {site.shape[1]}, which cannot be cut into {width} x {width} slices"
             )
         self.slices = long // width
         self.wide = site.shape[1] > width
@@ -64,7 +64,7 @@ class Slices(LowRank):
         # dropout sits between S and V, one mask for each slice of the output
         middle = self.scale * self.middle()
         if self.wide:
-            h = torch.einsum("...jd,bd,jab->...a", x.unflatten(-1, (self.slices, -1)), self.u, middle)
+            h = torch.einsum("...jd,bd,jab->...a", x.view(*x.shape[:-1], self.slices, -1), self.u, middle)
             delta = F.dropout(h, self.dropout) @ self.v.t()
         else:
             h = torch.einsum("...d,bd,jab->...ja", x, self.u, middle)

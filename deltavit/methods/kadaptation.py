@@ -20,9 +20,7 @@ from ..core.site import Anatomy, Where
 class KroneckerSum(LowRank):
     """dW = scale * sum_k A_k (x) u_k v_k, with the slow weights A shared by every site."""
 
-    def __init__(
-        self, slow: nn.Parameter, shape: tuple[int, int], rank: int, scale: float, dropout: float, bias: bool
-    ):
+    def __init__(self, slow: nn.Parameter, shape: tuple[int, int], rank: int, scale: float, dropout: float, bias: bool):
         n, (out, inp) = len(slow), shape
         if out % n or inp % n:
             raise ValueError(f"n={n} must divide both sides of the weight, which is {out} x {inp}")
@@ -82,5 +80,3 @@ class KAdaptation(Method):
                 slow[key] = nn.Parameter(torch.randn(self.n, self.n, self.n) / self.n**0.5)
             change = KroneckerSum(slow[key], site.shape, self.rank, self.scale, self.dropout, self.bias)
             yield Rewrite(site, change)
-
-

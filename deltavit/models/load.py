@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from ..core.site import anatomy
 from .tiny import TinyViT
 
 OWN = ("tiny", "vit_pico")
-"""Models that come with the package: `tiny` has random weights, `vit_pico` was pretrained on CIFAR-100."""
+"""Models that come with the package: `tiny` has random weights (the same each time), `vit_pico` ones from CIFAR-100."""
 
 
 def load_model(
@@ -35,7 +34,8 @@ def load_model(
 
     Args:
         name: a timm name (`vit_base_patch16_224.augreg_in21k`), `vit_pico` (in the package) or `tiny`.
-        weights: a local .safetensors file; None fetches the pretrained ones from the hub; "random" draws them.
+        weights: a local .safetensors file; None fetches the pretrained ones from the hub; "random" draws them,
+            the same ones each time.
         image_size: side of the input in pixels where it differs from the model's own; position embeddings are
             interpolated.
         resize: "squash" brings both sides to `image_size`; "crop" keeps the aspect and takes the centre.
@@ -48,7 +48,9 @@ def load_model(
     anatomy(skeleton(name, image_size))  # refuses what is no Vision Transformer before anything is fetched or drawn
     random = weights == "random" or (name == "tiny" and weights is None)
     state, classes = ({}, None) if random else _state(name, weights)
-    model = _build(name, image_size, classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # random weights are the same each time, and the caller's state is kept
+        model = _build(name, image_size, classes)
     if state:
         _fill(model, name, state, weights)
     model.eval().requires_grad_(False)
@@ -70,6 +72,7 @@ def skeleton(name: str, image_size: int | None = None) -> nn.Module:
 def _build(name: str, image_size: int | None, classes: int | None) -> nn.Module:
     if name == "tiny":
         return TinyViT(size=image_size or 16)
+    timm = _timm()
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     if classes is not None:
         options["num_classes"] = classes
@@ -82,14 +85,24 @@ def _build(name: str, image_size: int | None, classes: int | None) -> nn.Module:
             model.pretrained_cfg = {
                 "architecture": "vit_pico", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
             }  # fmt: skip
-            return model
+            return model  # type: ignore[no-any-return]
         if not timm.is_model(name):
             known = [*OWN, *timm.list_models("*vit*"), *timm.list_models("*eva*")]
             raise ModelError(unknown("model", name, known).partition("  known:")[0] + "  see timm.list_models()")
-        return timm.create_model(name, pretrained=False, **options)
+        return timm.create_model(name, pretrained=False, **options)  # type: ignore[no-any-return]
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         asked = f" at {image_size} px" if image_size else ""
         raise ModelError(f"{name} cannot be built{asked}: {str(error).splitlines()[0]}") from None
+
+
+def _timm() -> Any:
+    """timm, imported when a model of its is first asked for: it takes seconds, and fails beside a wrong torchvision."""
+    try:
+        import timm
+    except (ImportError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"timm cannot be imported ({reason}): `deltavit doctor` says what to do") from None
+    return timm
 
 
 def _state(name: str, weights: str | Path | None) -> tuple[dict[str, Tensor], int | None]:
@@ -118,19 +131,19 @@ def _is_pickle(path: Path) -> bool:
 
 def _fetch(name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = _timm().get_pretrained_cfg(name)
     if cfg is None or not cfg.hf_hub_id:
-        raise ModelError(f"{name} has no pretrained weights on the hub: give weights=FILE.safetensors or weights='random'")
+        raise ModelError(f"{name} has no weights on the hub: give weights=FILE.safetensors or weights='random'")
     repo = str(cfg.hf_hub_id)
     repo = f"{repo}{name}" if repo.endswith("/") else repo
     try:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         return Path(hf_hub_download(repo, cfg.hf_hub_filename or "model.safetensors"))
-    except EntryNotFoundError:
-        raise ModelError(f"{repo} holds no safetensors file, and deltavit never opens pickles") from None
-    except Exception as error:  # the hub's client raises a dozen kinds, all of which mean the same here
+    except Exception as error:  # the hub's client raises a dozen kinds, all but one of which mean the same here
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ModelError(f"{repo} holds no safetensors file, and deltavit never opens pickles") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ModelError(
             f"the weights of {name} could not be fetched ({type(error).__name__}: {reason}); "

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import timm.models.beit
-import timm.models.deit
-import timm.models.eva
-import timm.models.vision_transformer
+from typing import Any
+
 from torch import nn
 
 from ..core.errors import ModelError
 from ..core.site import Anatomy, Preprocessing, Site, family
 
-KINDS = (
-    timm.models.vision_transformer.VisionTransformer,
-    timm.models.eva.Eva,
-    timm.models.beit.Beit,
-)
-REFUSED = {
-    timm.models.deit.VisionTransformerDistilled: "it has two heads, whose logits it averages",
-}
+KINDS = ("VisionTransformer", "Eva", "Beit")
+REFUSED = {"VisionTransformerDistilled": "it has two heads, whose logits it averages"}
 
 
 @family("timm")
-def recognise(model: nn.Module) -> Anatomy | None:
-    if not isinstance(model, KINDS):
+def recognise(model: Any) -> Anatomy | None:
+    # by name, so that importing us does not import timm, which takes seconds
+    kinds = {c.__name__ for c in type(model).__mro__ if c.__module__.startswith("timm.models.")}
+    if not kinds.intersection(KINDS):
         return None
     name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__)
     tag = str((getattr(model, "pretrained_cfg", None) or {}).get("tag") or "")
     for kind, reason in REFUSED.items():
-        if isinstance(model, kind):
+        if kind in kinds:
             raise ModelError(f"{name} is refused: {reason}, and deltavit trains one")
     blocks = [f"blocks.{i}" for i in range(len(model.blocks))]
     attention = model.blocks[0].attn
@@ -48,7 +42,9 @@ def recognise(model: nn.Module) -> Anatomy | None:
         mlp=[f"{b}.mlp" for b in blocks],
         norms=[n for n, m in model.named_modules() if _is_norm(m)],
         patch=patch,
-        linears=[_linears(name, path, i, block) for i, (path, block) in enumerate(zip(blocks, model.blocks, strict=True))],
+        linears=[
+            _linears(name, path, i, block) for i, (path, block) in enumerate(zip(blocks, model.blocks, strict=True))
+        ],
         preprocessing=preprocessing(model),
     )
 
@@ -61,7 +57,9 @@ def _is_norm(module: nn.Module) -> bool:
 def _linears(name: str, path: str, block: int, module: nn.Module) -> dict[str, Site]:
     attn, mlp = getattr(module, "attn", None), getattr(module, "mlp", None)
     if attn is None or mlp is None or not hasattr(mlp, "fc2"):
-        raise ModelError(f"{name} is refused: its blocks are {type(module).__name__}, whose parts deltavit does not know")
+        raise ModelError(
+            f"{name} is refused: its blocks are {type(module).__name__}, whose parts deltavit does not know"
+        )
     sites = {}
 
     def add(role: str, owner: str, linear: nn.Linear, rows: tuple[int, int] | None = None, **more: object) -> None:
@@ -90,7 +88,7 @@ def _linears(name: str, path: str, block: int, module: nn.Module) -> dict[str, S
     return sites
 
 
-def preprocessing(model: nn.Module) -> Preprocessing:
+def preprocessing(model: Any) -> Preprocessing:
     """What the checkpoint was trained with, at the size that this model was built for."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     default = Preprocessing()

@@ -1,7 +1,7 @@
 """Adapters and checkpoints on the disk: sealed, whole or absent, and safe to open whoever wrote them."""
 
-from .checkpoints import Checkpoints
 from ..core.sealed import Header, layout, pack, packed_shapes, read, read_header, unpack, write
+from .checkpoints import Checkpoints
 from .lock import FolderLock
 from .names import inside, safe_name
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.errors import FileError
 from ..core import sealed as file
+from ..core.errors import FileError
 
 _NAME = re.compile(r"checkpoint-([0-9]{9,18})\.safetensors")
 

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from ..core.errors import FileError, TrainingError
 from ..core import sealed as file
+from ..core.errors import FileError, TrainingError
 
 _FAR = 1 << 30  # Windows forbids others to read a locked byte, so we lock one that is not there
 

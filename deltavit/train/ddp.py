@@ -45,17 +45,16 @@ def total(*values: Tensor) -> None:
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
         flat = torch.cat([v.reshape(-1).to(device, exact) for v in values])
         dist.all_reduce(flat)
-        for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
+        for value, part in zip(values, torch.split(flat, [v.numel() for v in values]), strict=True):
             value.copy_(part.view_as(value))
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum the gradients over all processes; one that has none yet gets zeros, so that all send the same tensors."""
-    if world() > 1:
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        total(*[p.grad for p in parameters if p.grad is not None])
+    """Sum the gradients over all processes; a tensor that no loss reached gets zeros, on one process as on several."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    total(*[p.grad for p in parameters if p.grad is not None])
 
 
 def same(parameters: Sequence[nn.Parameter]) -> None:

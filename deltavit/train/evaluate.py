@@ -34,7 +34,7 @@ class Evaluation:
 def native_bf16(device: torch.device) -> bool:
     """Whether the device computes bf16 itself rather than by emulation."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
@@ -70,12 +70,18 @@ def evaluate(
     hits = counts = torch.zeros(0, dtype=torch.float64)
     loss, missed = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     try:
-        for start in range(0, len(mine), batch_size):
+        for start in range(
+            0, max(len(mine), 1), batch_size
+        ):  # an empty share runs too: it learns the number of classes
             x, y, ok = images.batch(mine[start : start + batch_size])
             if labels is not None:
                 y = torch.tensor(labels)[y]
             with autocast(device, precision):
                 logits = model(normalise(x.to(device), images.preprocessing)).float().cpu()
+            if len(y) and int(y.max()) >= logits.shape[1]:
+                raise DataError(
+                    f"{images.split.name} has class number {int(y.max())}, the head knows {logits.shape[1]}"
+                )
             if not len(hits):
                 hits, counts = torch.zeros(2, logits.shape[1], dtype=torch.float64)
             right = ((logits.argmax(1) == y) & ok).double()
@@ -137,4 +143,5 @@ def predict(
                 yield Prediction(path, [], errors[path])
                 continue
             best = next(rows).topk(min(top, len(classes)))
-            yield Prediction(path, [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)])
+            pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            yield Prediction(path, [(classes[i], probability) for probability, i in pairs])

@@ -7,18 +7,21 @@ a resumed run, or one on another number of processes, sees the same pictures in 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from itertools import zip_longest
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.attach import Adapter
-from ..core.errors import TrainingError
+from ..core.errors import DataError, TrainingError, unknown
 from ..data import Images, augment, batches, normalise
 from ..store import Checkpoints, pack, unpack
 from . import ddp
@@ -56,8 +59,20 @@ class Training:
         for name in ("lr", "weight_decay", "warmup", "label_smoothing", "mixup", "momentum"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise TrainingError(f"train.{name} must be zero or more, got {getattr(self, name)}")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise TrainingError(f"train.clip must be above zero, or none, got {self.clip}")
+        if self.head_lr is not None and not 0 <= self.head_lr < math.inf:
+            raise TrainingError(f"train.head_lr must be zero or more, or none, got {self.head_lr}")
         if self.warmup > 1 or self.label_smoothing >= 1:
             raise TrainingError("train.warmup is a share of all steps, and train.label_smoothing below 1")
+        if not 0 <= self.seed < 2**63:
+            raise TrainingError(f"train.seed must be from 0 to 2^63 - 1, got {self.seed}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise TrainingError(unknown(f"train.{name}", getattr(self, name), known))
+
+
+_CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Training).items() if get_origin(kind) is Literal}
 
 
 @dataclass(frozen=True)
@@ -83,23 +98,26 @@ def fit(
     checkpoints: Checkpoints | None = None,
     every: float = 60.0,
     meta: dict[str, Any] | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Train an attached adapter; the base is not written.
 
     Args:
         model: the model that carries the adapter (or its compiled or DDP-wrapped form), on the device to train on.
         val: evaluated at the end of each epoch; never used for anything else here.
-        checkpoints: a folder to continue from, where it holds a checkpoint of this very run, and to save to: at the
-            end of an epoch, after `every` seconds, and when the generator is closed.
-        meta: JSON kept in each checkpoint; a checkpoint with another is refused.
+        checkpoints: a folder to continue from, where it holds a checkpoint of this very run (base, method, pictures,
+            `training`), and to save to: at the end of an epoch, after `every` seconds, and when the caller stops.
+        meta: more JSON that makes a run this one; a checkpoint with another is refused.
 
     Yields:
         A `Step` for each optimizer step not yet done.
 
     Raises:
-        TrainingError: a loss or gradient that is not finite; trainables of half precision; a checkpoint of another run.
+        TrainingError: a loss, gradient or tensor that is not finite, of which nothing is saved; trainables of half
+            precision; a checkpoint of another run.
+        AdapterError: the adapter is not attached.  DataError: no picture, or a class that the head does not have.
     """
     training = training or Training()
+    adapter._must_be("attached")
     trained: dict[str, nn.Parameter] = adapter.tensors()  # type: ignore[assignment]
     for name, p in trained.items():
         if p.dtype not in (torch.float32, torch.float64):
@@ -107,18 +125,26 @@ def fit(
                 f"{name} is {p.dtype}, in which small steps round to nothing: load the model in float32; "
                 "train.precision='bf16' still computes in bf16"
             )
+    if not len(train):
+        raise DataError(f"{train.split.name} has no pictures to train on")
+    if adapter.classes is not None and max(train.split.labels) >= len(adapter.classes):
+        raise DataError(
+            f"{train.split.name} has a class number {max(train.split.labels)}, "
+            f"but the head has {len(adapter.classes)} classes: attach with classes=data.classes"
+        )
     ddp.same(list(trained.values()))
     optimizer = _optimizer(trained, training)
     per_epoch = math.ceil(len(train) / training.batch_size)
     steps = per_epoch * training.epochs
     device = next(iter(trained.values())).device
-    identity = {"training": asdict(training), "steps": steps, **(meta or {})}
+    identity = _identity(adapter, train, training, steps, meta) if checkpoints else {}
     done = _resume(checkpoints, trained, optimizer, identity) if checkpoints else 0
     saved, clock, began = done, time.monotonic(), time.monotonic()
 
     def save() -> None:
         nonlocal saved, clock
         if checkpoints is not None and saved != done and ddp.rank() == 0:
+            _finite(trained, done)
             slots = list(next(iter(optimizer.state.values()), {}))
             checkpoints.save(done, pack(_state(trained, optimizer, slots)), {**identity, "slots": slots})
             saved, clock = done, time.monotonic()
@@ -126,26 +152,30 @@ def fit(
     try:
         while done < steps:
             epoch, start = divmod(done, per_epoch)
-            order = batches(
+            order = list(batches(
                 training.seed, epoch, len(train), training.batch_size, start=start,
                 rank=ddp.rank(), world=ddp.world(),
-            )  # fmt: skip
-            for _, mine, everyone in order:
+            ))  # fmt: skip
+            for (_, mine, everyone), following in zip_longest(order, order[1:]):
+                if following is not None:
+                    train.ahead(following[1].tolist())
                 lr = _learning_rate(optimizer, training, done, steps)
                 model.train()
                 loss = _step(model, train, optimizer, trained, training, (done, epoch, steps), mine, everyone, device)
                 done += 1
                 accuracy = None
                 if done % per_epoch == 0:
+                    _finite(trained, done)
                     if val is not None:
                         accuracy = evaluate(model, val, precision=training.precision).accuracy
-                    save()
-                elif time.monotonic() - clock > every:
-                    save()
                 yield Step(epoch, done, steps, loss, lr, accuracy, time.monotonic() - began)
+                if done % per_epoch == 0 or time.monotonic() - clock > every:
+                    save()  # after the caller has noted the step, so that no saved step is missing from its record
+    except GeneratorExit:  # the caller stops between two steps; after an error there is nothing worth keeping
+        save()
+        raise
     finally:
         model.eval()
-        save()
 
 
 def _step(
@@ -171,18 +201,15 @@ def _step(
         x, labels = _pictures(train, mine[a:b], training, epoch, device)
         targets = [(labels, torch.ones_like(labels, dtype=torch.float32))]
         if share < 1:
-            other, others = _pictures(train, everyone[partner[first + a : first + b]], training, epoch, device)
+            other, others = _pictures(train, everyone[partner[first + a : first + b].numpy()], training, epoch, device)
             weight = torch.where((labels >= 0) & (others >= 0), share, 1.0)
             x = torch.lerp(other, x, weight[:, None, None, None])
             targets = [(labels, weight), (others, 1 - weight)]
-        # what a layer draws here follows from the step alone, and the caller's random state is left as it was
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(_draw(training.seed, done, ddp.rank(), part))
-            with autocast(device, training.precision):
-                logits = model(x).float()
+        with _drawing(device, _draw(training.seed, done, ddp.rank(), part)), autocast(device, training.precision):
+            logits = model(x).float()
         losses = [share * _cross_entropy(logits, labels, training.label_smoothing) for labels, share in targets]
         loss = torch.stack(losses).sum() / len(everyone)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         whole += loss.detach()
     ddp.sum_gradients(list(trained.values()))
     ddp.total(whole)
@@ -198,7 +225,15 @@ def _step(
     return value
 
 
-def _pictures(train: Images, indices: Any, training: Training, epoch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _finite(trained: dict[str, nn.Parameter], done: int) -> None:
+    bad = next((name for name, p in trained.items() if not p.isfinite().all()), None)
+    if bad is not None:
+        raise TrainingError(f"{bad} is not finite after step {done}: lower train.lr; nothing of it was saved")
+
+
+def _pictures(
+    train: Images, indices: Any, training: Training, epoch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Augmented, normalised pictures and their labels; a broken picture that policy skips has label -1."""
     x, labels, ok = train.batch(indices)
     x = augment(x, training.augment, seed=training.seed, epoch=epoch, indices=indices)
@@ -220,6 +255,19 @@ def _mixup(training: Training, done: int, size: int) -> tuple[Tensor, float]:
     gamma = [torch._standard_gamma(torch.tensor(training.mixup), generator=generator).item() for _ in range(2)]
     share = gamma[0] / (sum(gamma) or 1.0)
     return partner, max(share, 1 - share)
+
+
+@contextmanager
+def _drawing(device: torch.device, seed: int) -> Iterator[None]:
+    """What layers draw here, dropout say, follows from the seed alone; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
+        yield
 
 
 def _draw(*key: int) -> int:
@@ -259,6 +307,23 @@ def _learning_rate(optimizer: torch.optim.Optimizer, training: Training, done: i
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+def _identity(
+    adapter: Adapter, train: Images, training: Training, steps: int, meta: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What makes a run this one and no other, as it comes back from JSON."""
+    said = {
+        "base": adapter.vit.fingerprint,
+        "method": {"name": adapter.method.name, **adapter.method.options()},
+        "classes": len(adapter.classes or ()),
+        "seed": adapter.seed,
+        "data": train.split.digest,
+        "training": asdict(training),
+        "steps": steps,
+        **(meta or {}),
+    }
+    return json.loads(json.dumps(said))  # type: ignore[no-any-return]
+
+
 def _state(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, slots: list[str]) -> dict[str, Tensor]:
     """What is trained, and what the optimizer keeps of it, by name: `blocks.0.q.up` and `blocks.0.q.up.exp_avg`."""
     state: dict[str, Tensor] = {name: p.detach() for name, p in trained.items()}
@@ -266,7 +331,10 @@ def _state(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, s
 
 
 def _resume(
-    checkpoints: Checkpoints, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+    checkpoints: Checkpoints,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
 ) -> int:
     found = checkpoints.latest()
     if found is None:
@@ -274,8 +342,9 @@ def _resume(
     step, packed, was = found
     for key in identity:
         if was.get(key) != identity[key]:
+            change = _differences(was.get(key), identity[key])
             raise TrainingError(
-                f"the checkpoint at step {step} is of another run: {key} was {_differences(was.get(key), identity[key])}; "
+                f"the checkpoint at step {step} is of another run: {key} was {change}; "
                 "choose another --out, or put the recipe back"
             )
     slots = [str(k) for k in was["slots"]]
@@ -291,4 +360,3 @@ def _differences(was: Any, now: Any) -> str:
     if isinstance(was, dict) and isinstance(now, dict):
         return ", ".join(f"{k} = {was.get(k)!r}, now {now[k]!r}" for k in now if was.get(k) != now[k])
     return f"{was!r}, now {now!r}"
-

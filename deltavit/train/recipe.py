@@ -17,6 +17,9 @@ from ..core.method import Method
 from ..core.method import method as build_method
 from .fit import Training
 
+NULLABLE = ("head_lr", "clip")
+"""Keys of [train] that may be none, which TOML has no word for: they are written as "none"."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,7 +28,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     name: str = "vit_pico"
     weights: str | None = None
-    image_size: int | None = Field(None, ge=1)
+    image_size: int | None = Field(default=None, ge=1)
     resize: Literal["squash", "crop"] = "squash"
 
 
@@ -37,8 +40,8 @@ class DataSection(Section):
     """Of the split, where the data set has none of its own; apart from the seed of training."""
     train_list: str | None = None
     broken: Literal["error", "skip"] = "error"
-    ceiling: int = Field(0, ge=0)
-    workers: int = Field(2, ge=0)
+    ceiling: int = Field(default=0, ge=0)
+    workers: int = Field(default=2, ge=0)
 
 
 class Recipe(Section):
@@ -58,6 +61,7 @@ class Recipe(Section):
             for key in value:
                 if key not in fields:
                     raise RecipeError(unknown("key in [train]", key, fields))
+            value = {k: None if v == "none" and k in NULLABLE else v for k, v in value.items()}
         return value
 
     def build_method(self) -> Method:
@@ -67,9 +71,10 @@ class Recipe(Section):
     def plain(self) -> dict[str, Any]:
         """Nested dicts of plain values, the method with all its options written out; unset values left out."""
         data = self.model_dump()
+        data["train"] |= {key: "none" for key in NULLABLE if data["train"][key] is None}
         made = self.build_method()
         data["method"] = {"name": made.name, **made.options()}
-        return _without_none(data)
+        return _without_none(data)  # type: ignore[no-any-return]
 
     def toml(self) -> str:
         """The recipe as TOML: reading it gives the same recipe."""
@@ -117,7 +122,7 @@ def read_recipe(path: str | Path | None = None, changes: Sequence[str] = (), **s
 
 
 def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
-    if keys[:2] == ["method", "name"] and data.get("method", {}).get("name") != value:
+    if keys == ["method", "name"] and isinstance(old := data.get("method", {}), dict) and old.get("name") != value:
         data["method"] = {}  # options belong to the method that they were written for
     for key in keys[:-1]:
         data = data.setdefault(key, {})
@@ -158,4 +163,4 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

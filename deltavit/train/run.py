@@ -6,6 +6,8 @@
     adapter.safetensors  the result
     run.json             the result's numbers, and the manifest of the data
     curves.png           loss and validation accuracy
+
+One process at a time owns the folder; of several processes of one run, the first.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import torch
 from .. import __version__
 from ..core.attach import attach
 from ..core.errors import TrainingError
+from ..core.sealed import write_bytes
 from ..core.site import anatomy
 from ..data import Images, open_data
 from ..models import load_model
@@ -30,15 +34,21 @@ from ..store import Checkpoints, FolderLock
 from . import ddp
 from .evaluate import evaluate
 from .fit import Step, fit
-from .recipe import Recipe
+from .recipe import Recipe, read_recipe
+
+SPLIT = ("seed", "val", "test", "train_list")
+"""Keys of [data] that say how pictures are cut into splits; an adapter keeps them, so that its test split stays one."""
 
 
 def pick_device(asked: str = "auto") -> torch.device:
     """`auto`: CUDA, else Apple's GPU, else the processor."""
     if asked != "auto":
-        device = torch.device(asked)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise TrainingError("device = 'cuda', but torch sees no CUDA device: see `deltavit doctor`")
+        try:
+            device = torch.device(asked)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise TrainingError(f"device = {asked!r} cannot be used ({reason}): see `deltavit doctor`") from None
         return device
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
@@ -52,7 +62,7 @@ def run(
     resume: bool = False,
     test: bool = True,
     say: Callable[[str], None] = lambda line: None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, dict[str, Any]]:
     """Carry out a recipe in the folder `out`; the generator's return value is the content of run.json.
 
     The test split is read once, after training, where `test` is true and the data set has one.  Closing the generator
@@ -67,25 +77,23 @@ def run(
     if not recipe.data.path:
         raise TrainingError("no data: give --data FOLDER, or data.path in the recipe")
     if main:
-        out.mkdir(parents=True, exist_ok=True)
         with FolderLock(out):
             return (yield from _run(recipe, out, resume, test, say, main))
-    return (yield from _run(recipe, out, resume, test, say, main))
+    return (yield from _run(recipe, out, resume, test, lambda line: None, main))
 
 
 def _run(
     recipe: Recipe, out: Path, resume: bool, test: bool, say: Callable[[str], None], main: bool
-) -> Iterator[Step]:
+) -> Generator[Step, None, dict[str, Any]]:
     toml, result_file, metrics_file = out / "recipe.toml", out / "run.json", out / "metrics.jsonl"
-    if main:
-        if toml.exists() and not resume:
+    if main and toml.exists():
+        if not resume:
             raise TrainingError(f"{out} already holds a run: --resume continues it, or choose another --out")
-        if toml.exists() and toml.read_text(encoding="utf-8") != recipe.toml():
-            raise TrainingError(f"{toml} differs from this recipe: choose another --out, or resume with --recipe {toml}")
-        if result_file.exists():
-            say(f"{out} is complete already")
-            return json.loads(result_file.read_text(encoding="utf-8"))  # type: ignore[return-value]
-        toml.write_text(recipe.toml(), encoding="utf-8")
+        if change := _changed(read_recipe(toml).plain(), recipe.plain()):
+            raise TrainingError(f"{toml} says {change}: choose another --out, or resume with --recipe {toml}")
+    if resume and result_file.exists():
+        say(f"{out} is complete already")
+        return json.loads(result_file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     began = time.monotonic()
     device = pick_device(recipe.device)
     data = open_data(
@@ -101,20 +109,22 @@ def _run(
     adapter = attach(model, recipe.build_method(), classes=data.classes, seed=recipe.train.seed)
     model.to(device)
     body, head = sum(p.numel() for p in adapter.parameters()), sum(p.numel() for p in adapter.head_parameters())
-    say(f"{adapter.method.name} on {vit.name}: {body - head:,} trainable parameters and a head of {head:,}, on {device}")
+    say(f"{adapter.method.name} on {vit.name}, {device}: {body - head:,} trainable parameters and a head of {head:,}")
     train = Images(
         data.train, vit.preprocessing, broken=recipe.data.broken, ceiling=recipe.data.ceiling,
         workers=recipe.data.workers,
     )  # fmt: skip
     val = Images(data.val, vit.preprocessing, broken="miss", workers=recipe.data.workers)
+    if main and not toml.exists():  # only now, so that a wrong path leaves no run behind
+        write_bytes(toml, recipe.toml().encode())
     checkpoints = Checkpoints(out)
-    meta = {"fingerprint": vit.fingerprint, "data": data.train.digest, "method": adapter.method.options()}
-    meta["method"] = json.loads(json.dumps(meta["method"]))
-    seconds = _keep(metrics_file, checkpoints) if main and resume else 0.0
-    last: Step | None = None
-    with open(metrics_file, "a", encoding="utf-8") if main else open(os.devnull, "w") as log:
-        for step in fit(model, adapter, train, val, recipe.train, checkpoints=checkpoints, meta=meta):
-            last = step
+    loss, seconds = _keep(metrics_file, checkpoints) if main else (None, 0.0)
+    with (
+        metrics_file.open("a", encoding="utf-8") if main else open(os.devnull, "w") as log,
+        closing(fit(model, adapter, train, val, recipe.train, checkpoints=checkpoints)) as steps,
+    ):
+        for step in steps:
+            loss = step.loss
             row = {k: v for k, v in vars(step).items() if v is not None}
             log.write(json.dumps({**row, "seconds": round(step.seconds + seconds, 3)}) + "\n")
             log.flush()
@@ -139,33 +149,43 @@ def _run(
         "head_parameters": head,
         "seed": recipe.train.seed,
         "epochs": recipe.train.epochs,
-        "loss": None if last is None else last.loss,
+        "loss": loss,
         "fingerprint": vit.fingerprint,
         "device": str(device),
     }
-    adapter.summary = {**result, "recipe": {"train": recipe.plain()["train"]}, "deltavit": __version__}
+    told = recipe.plain()
+    split = {key: told["data"][key] for key in SPLIT if key in told["data"]}
+    adapter.summary = {**result, "recipe": {"train": told["train"], "data": split}, "deltavit": __version__}
     if not main:
-        return result  # type: ignore[return-value]
+        return result
     size = adapter.save(out / "adapter.safetensors")
-    total = (seconds if last is None else last.seconds + seconds) if last else time.monotonic() - began
     result |= {
         "adapter": str(out / "adapter.safetensors"),
         "adapter_bytes": size,
-        "seconds": round(max(total, time.monotonic() - began), 2),
+        "seconds": round(seconds + time.monotonic() - began, 2),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "preprocessing": vars(vit.preprocessing),
         "data": data.manifest(),
     }
     _curves(metrics_file, out / "curves.png", say)
-    result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_bytes(result_file, (json.dumps(result, indent=2) + "\n").encode())
     for path in out.glob("checkpoint-*.safetensors"):
         path.unlink(missing_ok=True)
-    return result  # type: ignore[return-value]
+    return result
 
 
-def _keep(metrics: Path, checkpoints: Checkpoints) -> float:
-    """Drop the metrics of steps that the checkpoint has not seen; the seconds spent up to it."""
+def _changed(was: Any, now: Any, name: str = "") -> str:
+    """The first key in which two recipes differ, with both values; empty where none does."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return "" if was == now else f"{name} = {was!r}, not {now!r}"
+    keys = [*was, *(key for key in now if key not in was)]
+    changes = (_changed(was.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+    return next(filter(None, changes), "")
+
+
+def _keep(metrics: Path, checkpoints: Checkpoints) -> tuple[float | None, float]:
+    """Drop the metrics of steps that the newest checkpoint has not seen; the last loss and the seconds up to there."""
     found = checkpoints.latest()
     step = found[0] if found else 0
     rows = []
@@ -178,7 +198,7 @@ def _keep(metrics: Path, checkpoints: Checkpoints) -> float:
             if row["step"] <= step:
                 rows.append(row)
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return float(rows[-1]["seconds"]) if rows else 0.0
+    return (rows[-1]["loss"], float(rows[-1]["seconds"])) if rows else (None, 0.0)
 
 
 def _curves(metrics: Path, path: Path, say: Callable[[str], None]) -> None:

@@ -1,0 +1,5 @@
+"""`python -m deltavit` is `deltavit`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,395 @@
+"""The pages that follow from the code: one for each method, and the command line.
+
+    python docs/gen.py            write docs/methods/*.md and docs/cli.md
+    python docs/gen.py --readme   rewrite the tables that are committed: README.md's methods, the contract's checks
+
+mkdocs runs this file as a hook, so the pages are never committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import inspect
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import deltavit
+from deltavit.core import contract
+from deltavit.core.edit import Own, Rewrite
+from deltavit.core.method import Method
+from deltavit.core.site import Anatomy, Where
+from deltavit.models import skeleton
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+MODELS = {"ViT-B/16": "vit_base_patch16_224", "DeiT-Tiny": "deit_tiny_patch16_224"}
+COMMITTED = {"README.md": "methods", "docs/adding-a-method.md": "checks"}
+"""Files with a generated table between two comments, and the table's name."""
+
+
+# --- what is known of a method ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def model(name: str) -> nn.Module:
+    return skeleton(name)
+
+
+def count(kind: type[Method], label: str) -> str:
+    made = deltavit.plan(model(MODELS[label]), kind())
+    return f"{made.trainable_parameters:,}"
+
+
+def merges(kind: type[Method]) -> str:
+    return "yes" if deltavit.plan(model(MODELS["ViT-B/16"]), kind()).mergeable else "no"
+
+
+def paper(kind: type[Method]) -> str:
+    number = kind.paper.removeprefix("arXiv:")
+    return f"[{kind.paper}](https://arxiv.org/abs/{number})" if number != kind.paper else kind.paper
+
+
+def what(kind: type[Method]) -> str:
+    """The title without the name that it begins with."""
+    head, colon, rest = kind.title.partition(": ")
+    return rest if colon else head
+
+
+def source(kind: type[Method]) -> str:
+    return Path(inspect.getsourcefile(kind) or "").resolve().relative_to(ROOT).as_posix()
+
+
+# --- committed tables -------------------------------------------------------------------------------------------------
+
+
+def table(link: str) -> str:
+    """All methods; `link` is where a name leads, with {name} and {source}."""
+    rows = ["| method | what | parameters, ViT-B/16 body | merges | paper |", "|---|---|---:|---|---|"]
+    rows += [
+        f"| [`{name}`]({link.format(name=name, source=source(kind))}) | {what(kind)} "
+        f"| {count(kind, 'ViT-B/16')} | {merges(kind)} | {paper(kind)} |"
+        for name, kind in deltavit.methods().items()
+    ]
+    return "\n".join(rows)
+
+
+def checks() -> str:
+    """The contract, check by check."""
+    rows = [f"| `{c.__name__}` | {' '.join((inspect.getdoc(c) or '').split())} |" for c in contract.CHECKS]
+    return "\n".join(["| check | what it holds you to |", "|---|---|", *rows])
+
+
+def renewed(file: str, text: str) -> str:
+    """The text of a committed file with its generated table made anew."""
+    name = COMMITTED[file]
+    before, begin, rest = text.partition(f"<!-- {name}:begin -->")
+    _, end, after = rest.partition(f"<!-- {name}:end -->")
+    made = table("{source}") if name == "methods" else checks()
+    return f"{before}{begin}\n{made}\n{end}{after}"
+
+
+# --- one page for each method ----------------------------------------------------------------------------------------
+
+WEIGHT, BIAS = "weight", "bias"
+
+
+def parts(method: Method, vit: Anatomy, made: deltavit.Plan) -> dict[str, dict[str, set[int]]]:
+    """Part of the model -> what of it changes -> in which blocks (-1 where the part is in no block)."""
+    found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for edit in made:
+        if isinstance(edit, Rewrite):
+            found[edit.site.role][WEIGHT].add(edit.site.block)
+            if edit.change.moves_bias:
+                found[edit.site.role][BIAS].add(edit.site.block)
+        elif isinstance(edit, Own):
+            for part, block in owners(edit.name, vit):
+                found[part][BIAS if edit.name.rsplit(".", 1)[-1].endswith("bias") else WEIGHT].add(block)
+        else:
+            found[_module(edit.path, vit)][type(edit).__name__.lower()].add(_block(edit.path, vit))
+    return found
+
+
+def owners(name: str, vit: Anatomy) -> list[tuple[str, int]]:
+    """Which parts a tensor of the backbone belongs to: q, k and v where it is the weight of a fused projection."""
+    mine = [(s.role, s.block) for linears in vit.linears for s in linears.values() if name.rpartition(".")[0] == s.path]
+    if mine:
+        return mine
+    path = name.rpartition(".")[0]
+    if path in vit.norms:
+        return [(_norm(path, vit), _block(path, vit))]
+    return [("patch" if path == vit.patch else "tokens", -1)]
+
+
+def _norm(path: str, vit: Anatomy) -> str:
+    block = _block(path, vit)
+    if block < 0:
+        return "final norm"
+    inner = [n for n in vit.norms if _block(n, vit) == block]
+    return "norm1" if inner.index(path) == 0 else "norm2"
+
+
+def _block(path: str, vit: Anatomy) -> int:
+    return next((i for i, b in enumerate(vit.blocks) if path == b or path.startswith(b + ".")), -1)
+
+
+def _module(path: str, vit: Anatomy) -> str:
+    if path in vit.norms:
+        return _norm(path, vit)
+    for linears in vit.linears:
+        for site in linears.values():
+            if site.path == path:
+                return site.role
+    return "attention" if path in vit.attn else "act" if path in vit.mlp else "tokens"
+
+
+def blocks(numbers: set[int], depth: int) -> str:
+    if numbers == {-1}:
+        return "outside the blocks"
+    if numbers == set(range(depth)):
+        return f"all {depth}"
+    return ", ".join(map(str, sorted(numbers)))
+
+
+def formulas(text: str) -> str:
+    """`$$..$$` as MathML, which browsers draw themselves."""
+    from latex2mathml.converter import convert
+
+    def one(match: re.Match[str]) -> str:
+        return f'<div class="formula">{convert(" ".join(match[1].split()), display="block")}</div>'
+
+    return re.sub(r"\$\$(.+?)\$\$", one, text, flags=re.DOTALL)
+
+
+BOXES = [  # part, x, y, width, label
+    ("patch", 0, 52, 52, "patch"),
+    ("tokens", 60, 52, 56, "+ pos"),
+    ("norm1", 140, 52, 50, "norm1"),
+    ("q", 204, 10, 34, "q"),
+    ("k", 204, 52, 34, "k"),
+    ("v", 204, 94, 34, "v"),
+    ("attention", 252, 52, 66, "attention"),
+    ("o", 332, 52, 34, "o"),
+    ("norm2", 404, 52, 50, "norm2"),
+    ("fc1", 468, 52, 40, "fc1"),
+    ("act", 522, 52, 40, "act"),
+    ("fc2", 576, 52, 40, "fc2"),
+    ("final norm", 664, 52, 42, "norm"),
+    ("head", 720, 52, 42, "head"),
+]
+
+
+def drawing(found: dict[str, dict[str, set[int]]], depth: int) -> str:
+    """One block of the model, the touched parts filled: wholly, or along the bottom where only a bias is."""
+    lines = [
+        '<svg class="block" viewBox="-6 -14 776 158" role="img" aria-label="What the method touches in a block">',
+        '<rect x="128" y="-8" width="522" height="146" rx="8" class="frame"/>',
+        f'<text x="389" y="132" class="small">one of {depth} blocks</text>',
+        '<path d="M52 66H60 M116 66H140 M190 66H204 M190 66L204 24 M190 66L204 108 M238 24L252 60 M238 66H252 '
+        "M238 108L252 72 M318 66H332 M366 66H378 M390 66H404 M454 66H468 M508 66H522 M562 66H576 M616 66H626 "
+        'M638 66H664 M706 66H720"/>',
+        '<circle cx="384" cy="66" r="6"/><path d="M384 62V70 M380 66H388"/>',
+        '<circle cx="632" cy="66" r="6"/><path d="M632 62V70 M628 66H636"/>',
+        '<path class="skip" d="M134 66V-2H384V60 M394 66V2H632V60"/>',
+    ]
+    for part, x, y, width, label in BOXES:
+        touched = found.get(part, {})
+        only_bias = set(touched) == {BIAS}
+        kind = "head" if part == "head" else "trained" if touched and not only_bias else "plain"
+        lines.append(f'<rect x="{x}" y="{y}" width="{width}" height="28" rx="4" class="{kind}"/>')
+        if only_bias:
+            lines.append(f'<rect x="{x}" y="{y + 20}" width="{width}" height="8" rx="3" class="trained"/>')
+        style = ' class="on"' if kind == "trained" else ""
+        lines.append(f'<text x="{x + width / 2:g}" y="{y + 17}"{style}>{label}</text>')
+    return '<div class="drawing">' + "".join([*lines, "</svg>"]) + "</div>"
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, Where):
+        where = "all blocks" if value.blocks is None else f"blocks {value.blocks}"
+        return f"roles {', '.join(value.roles)}; {where}"
+    return f"`{value!r}`"
+
+
+def _kind(field: dataclasses.Field[Any]) -> str:
+    text = field.type if isinstance(field.type, str) else field.type.__name__
+    return text.replace("|", "\\|")
+
+
+def page(name: str, kind: type[Method]) -> str:
+    """A method in Markdown: what its docstring says, and what follows from its plan."""
+    vit = deltavit.anatomy(model(MODELS["ViT-B/16"]))
+    method = kind()
+    made = deltavit.plan(model(MODELS["ViT-B/16"]), method)
+    found = parts(method, vit, made)
+    depth = len(vit.blocks)
+    text = (inspect.getdoc(kind) or "").partition("\n")[2].strip()
+    rows = [
+        f"| {part} | {', '.join(sorted(kinds, reverse=True))} | {blocks(set().union(*kinds.values()), depth)} |"
+        for part, kinds in sorted(found.items(), key=lambda item: _order(item[0]))
+    ]
+    fields = [
+        f"| `method.{f.name}` | {_kind(f)} | {_default(getattr(method, f.name))} |"
+        for f in dataclasses.fields(method)  # type: ignore[arg-type]
+    ]
+    out = [
+        f"# {kind.title.partition(': ')[0]}",
+        f"`{name}` · {what(kind)} · paper: {paper(kind)} · merges: {merges(kind)}",
+        formulas(text),
+        "## Where it acts",
+        drawing(found, depth),
+        "Filled: trained, or rewritten by a trained change. A strip at the bottom: only the bias. "
+        "The head (dashed) trains with every method and is counted apart.",
+    ]
+    if rows:
+        head = ["On ViT-B/16, with default options:", "", "| part | what | blocks |", "|---|---|---|"]
+        out.append("\n".join([*head, *rows]))
+    out += [
+        "## What trains",
+        "\n".join(["| model | body |", "|---|---:|", *(f"| {m} | {count(kind, m)} |" for m in MODELS)]),
+        "Shared factors count once; `deltavit plan` counts any other model or setting.",
+        "## Options",
+        "\n".join(["| option | type | default |", "|---|---|---|", *fields]) if fields else "None.",
+    ]
+    if any(f.name == "where" for f in dataclasses.fields(method)):  # type: ignore[arg-type]
+        out.append("`method.where.roles` and `method.where.blocks` choose the sites, for instance "
+                   "`method.where.roles='[\"q\",\"v\"]' method.where.blocks=-1` for the last block alone.")  # fmt: skip
+    rank = " method.rank=4" if any(f.name == "rank" for f in dataclasses.fields(method)) else ""  # type: ignore[arg-type]
+    out += [
+        "## Use",
+        f"```shell\ndeltavit plan --model vit_base_patch16_224 --method {name}{rank}\n"
+        f"deltavit train --data flowers/ --model vit_base_patch16_224.augreg_in21k --method {name}{rank}\n```",
+        f"Source: `{source(kind)}`, class `{kind.__name__}`.",
+    ]
+    return "\n\n".join(out) + "\n"
+
+
+def _order(part: str) -> int:
+    names = [box[0] for box in BOXES]
+    return names.index(part) if part in names else len(names)
+
+
+def index() -> str:
+    return (
+        "\n\n".join(
+            [
+                "# Methods",
+                'Each is a frozen dataclass whose fields are its options, so `deltavit.method("lora", rank=16)`, '
+                "`--method lora method.rank=16` and `[method]` in a recipe build the same object. "
+                "The counts are of the body with default options; a head of `C` classes adds `C (D + 1)`.",
+                table("{name}.md"),
+                "`deltavit methods --model NAME` counts on any other model. Where a paper and its released code "
+                "differ, the method's page says which one this is.",
+            ]
+        )
+        + "\n"
+    )
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def cli() -> str:
+    """Every command with its arguments and flags, as typer knows them."""
+    import typer
+
+    from deltavit.cli import app
+
+    root = typer.main.get_command(app)
+    out = [
+        "# Command line",
+        "Results go to standard output, messages and progress to standard error. With `--json` the last line of "
+        "standard output is one JSON object. What deltavit refuses is one line and exit code 1; a run stopped with "
+        "Ctrl-C leaves a checkpoint, says how to continue, and exits with 130.",
+        "There is no flag for a single method: its options go as `method.KEY=VALUE`, and any other key of a "
+        "[recipe](recipes.md) can be changed the same way, as in `train.weight_decay=0.01`.",
+    ]
+    for name, command in root.commands.items():  # type: ignore[attr-defined]
+        text, _, example = inspect.cleandoc(command.help or "").partition("\n\n")
+        rows = []
+        for p in command.params:
+            if "--help" in p.opts:
+                continue
+            names = [*p.opts, *p.secondary_opts] if p.param_type_name == "option" else [p.name.upper()]
+            flag = ", ".join(f"`{one}`" for one in names)
+            default = "required" if p.required else "" if p.default in (None, False, ()) else f"`{_plain(p.default)}`"
+            what_for = " ".join((getattr(p, "help", None) or "").split())
+            rows.append(f"| {flag} | {what_for} | {default} |".replace("[", "\\["))
+        out += [f"## {name}", " ".join(text.split())]
+        if example:
+            out.append(f"```shell\n{' '.join(example.split())}\n```")
+        out.append("\n".join(["| flag | what | default |", "|---|---|---|", *rows]))
+    return "\n\n".join(out) + "\n"
+
+
+def _plain(value: object) -> str:
+    return "--test" if value is True else str(value)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def pages() -> dict[str, str]:
+    """Path below docs/ -> Markdown of every generated page."""
+    return {
+        "methods/index.md": index(),
+        **{f"methods/{name}.md": page(name, kind) for name, kind in deltavit.methods().items()},
+        "cli.md": cli(),
+    }
+
+
+def write(folder: Path) -> None:
+    """Write the pages; one that is the same stays untouched, so that `mkdocs serve` does not chase itself."""
+    for name, text in pages().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def on_config(config: Any) -> Any:
+    """mkdocs: write the pages, and put every method into the navigation."""
+    write(Path(config.docs_dir))
+    methods = ["methods/index.md", *({name: f"methods/{name}.md"} for name in deltavit.methods())]
+    notes = sorted(path.name for path in (DOCS / "decisions").glob("[0-9]*.md"))
+    found = {
+        "Methods": methods,
+        "Decisions": ["decisions/index.md", *(f"decisions/{note}" for note in notes)],
+        "Results": ["results.md", *(f"results/{path.name}" for path, _ in results())],
+    }
+    for entry in config.nav:
+        entry |= {title: pages for title, pages in found.items() if title in entry}
+    return config
+
+
+def on_page_markdown(markdown: str, page: Any, **more: Any) -> str:
+    """mkdocs: list the results that are there."""
+    lines = [f"- [{title}](results/{path.name})" for path, title in results()]
+    return markdown.replace("<!-- results -->", "\n".join(lines) or "None is in this checkout.")
+
+
+def results() -> list[tuple[Path, str]]:
+    """The pages of docs/results and their titles; tables that a page includes have none."""
+    pages = [(path, path.read_text(encoding="utf-8")) for path in sorted((DOCS / "results").glob("*.md"))]
+    return [(path, text.splitlines()[0][2:]) for path, text in pages if text.startswith("# ")]
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    flags.add_argument("--readme", action="store_true", help="rewrite the tables that are committed")
+    if flags.parse_args().readme:
+        for file in COMMITTED:
+            path = ROOT / file
+            path.write_text(renewed(file, path.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        write(DOCS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
