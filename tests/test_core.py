@@ -201,6 +201,7 @@ def test_unknown_roles_blocks_options_and_methods_name_what_exists():
     ("name", "options", "says"),
     [
         ("kadaptation", {"n": 5}, "n=5 must divide both sides of the weight, which is 24 x 24"),
+        ("lora", {"dropout": 0.1}, "lora.dropout acts on activations"),
         ("kadaptation", {"bias": True}, "shifts the bias of blocks.0.q, but blocks.0.attn.qkv has none"),
     ],
 )
@@ -300,6 +301,14 @@ def test_different_adapters_add_up_and_leave_the_base():
     for adapter in (bitfit, lora, fact):
         adapter.detach()
     assert torch.equal(model(x), base)
+
+
+def test_a_second_adapter_starts_from_the_base_and_not_from_the_first():
+    model = FAMILIES["vit"]()
+    bias = model.blocks[0].norm1.bias.clone()
+    stir(deltavit.attach(model, deltavit.method("bitfit"), classes=3))
+    second = deltavit.attach(model, deltavit.method("layernorm"), classes=3)
+    assert torch.equal(second.tensors()["blocks.0.norm1.bias"], bias)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Annotated
 
 import torch
 import typer
 
+from .. import __version__
 from ..core.errors import DeltavitError
 from . import files, inspect, tasks
 from .demo import demo
 from .output import Interrupted, say
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"deltavit {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="deltavit",
@@ -21,6 +30,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
+) -> None:
+    """Adapt large pretrained Vision Transformers to new image tasks by training a tiny part of them."""
+
+
 for command in (
     tasks.train, tasks.evaluate, tasks.predict, inspect.methods, inspect.plan, files.merge, inspect.doctor, demo,
 ):  # fmt: skip

@@ -96,7 +96,11 @@ def evaluate(
     if strange:
         raise DataError(f"{data} has classes that the adapter was not trained on: {', '.join(strange[:5])}")
     images = Images(part, loaded.preprocessing, broken="miss")
-    scores = evaluate_images(net, images, labels=[classes.index(c) for c in found.classes])
+    with bar("evaluate", len(images)) as shown:
+        scores = evaluate_images(
+            net, images, precision=_told(said, "train").get("precision", "auto"),
+            labels=[classes.index(c) for c in found.classes], progress=shown.advance,
+        )  # fmt: skip
     for line in images.broken:
         say(f"counted as a miss: {line}")
     result({**dataclasses.asdict(scores), "split": split, "adapter": str(said.path), "model": said.base}, json)
@@ -104,10 +108,15 @@ def evaluate(
 
 def _cut(said: Info) -> dict[str, Any]:
     """How the adapter's run cut its pictures into splits: what it trained on must not be in the test split now."""
-    told = said.training.get("recipe", {})
-    cut = told.get("data", {}) if isinstance(told, dict) else {}
-    section = read_recipe(data=cut if isinstance(cut, dict) else {}).data
+    section = read_recipe(data=_told(said, "data")).data
     return {key: getattr(section, key) for key in SPLIT}
+
+
+def _told(said: Info, section: str) -> dict[str, Any]:
+    """A section of the recipe that an adapter file keeps; empty where it keeps none."""
+    recipe = said.training.get("recipe", {})
+    told = recipe.get(section, {}) if isinstance(recipe, dict) else {}
+    return told if isinstance(told, dict) else {}
 
 
 def predict(

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from .edit import After, Before, Change, Edit, LowRank, Own, Rewrite, thin
 from .errors import AdapterError, MethodError
 from .method import Method
-from .site import Anatomy, Site, anatomy
+from .site import Anatomy, Site, anatomy, original
 
 # --- plan ------------------------------------------------------------------------------------------------------------
 
@@ -454,7 +454,7 @@ class Adapter:
 
     def _base(self, site: Site) -> Tensor:
         a, b = site.rows
-        return _original(self.model.get_submodule(site.path), site.param)[a:b]
+        return original(self.model.get_submodule(site.path), site.param).detach()[a:b]
 
     # in and out
 
@@ -496,6 +496,11 @@ class Adapter:
             if one.rows[1] > two.rows[0]:
                 raise MethodError(f"{self.method.name} rewrites {two.name} twice")
         for site, change in pieces:
+            if not site.called and getattr(change, "dropout", None):
+                raise MethodError(
+                    f"{self.method.name}.dropout acts on activations, but {self.vit.name} reads the weight "
+                    f"of {site.name} itself: set dropout=0"
+                )
             if change.moves_bias and site.bias is None:
                 raise MethodError(f"{self.method.name} shifts the bias of {site.name}, but {path} has none")
         if all(site.called and change.output is not None for site, change in pieces):
@@ -570,7 +575,7 @@ class Adapter:
                 writes.append((self._base(site), edit.change.weight))
                 if edit.change.moves_bias and site.bias:
                     a, b = site.rows
-                    writes.append((_original(host, site.bias)[a:b], edit.change.bias))
+                    writes.append((original(host, site.bias).detach()[a:b], edit.change.bias))
         self._remove(keep=True)
         for old, new in writes:
             old.copy_(new(old.to(torch.promote_types(old.dtype, torch.float32))))
@@ -597,15 +602,6 @@ class Adapter:
     def __repr__(self) -> str:
         body, head = sum(p.numel() for p in self._trained.values()), sum(p.numel() for p in self.head_parameters())
         return f"Adapter({self.method.name} on {self.vit.name}, {body:,} + {head:,} parameters, {self.state})"
-
-
-def _original(host: nn.Module, name: str) -> Tensor:
-    """The base's own tensor, whatever lies over it."""
-    shadows: Any = host._modules.get("_deltavit_shadows")
-    if shadows is not None and f"{name}@0" in shadows._parameters:
-        return shadows._parameters[f"{name}@0"].detach()  # type: ignore[no-any-return]
-    original = _parametrized(host)[name].original if name in _parametrized(host) else getattr(host, name)
-    return original.detach()  # type: ignore[no-any-return]
 
 
 def _parametrized(host: nn.Module) -> dict[str, Any]:

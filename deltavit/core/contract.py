@@ -282,7 +282,7 @@ def _train(model: nn.Module, adapter: Adapter, steps: int, weight_decay: float) 
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         yield
     model.eval()

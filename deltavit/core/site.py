@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from dataclasses import replace as _replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,16 +120,29 @@ class Anatomy:
         return sorted({b % count for b in chosen})
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Every parameter of the backbone by name: all but the head and what adapters brought."""
-        return {
-            name: p
-            for name, p in self.model.named_parameters()
-            if not inside(name, self.head) and "_deltavit" not in name
-        }
+        """Every parameter of the backbone by name, all but the head; the base's own, whatever adapters lie over it."""
+        found = {}
+        for path, module in self.model.named_modules():
+            if inside(path, self.head) or "_deltavit" in path or "parametrizations" in path:
+                continue
+            over = list(module.parametrizations) if hasattr(module, "parametrizations") else []
+            for name in [n for n, p in module._parameters.items() if p is not None] + over:
+                found[f"{path}.{name}".lstrip(".")] = original(module, name)
+        return found
 
     def biases(self) -> list[str]:
         """Names of all bias vectors of the backbone, norms and patch embedding included."""
         return [n for n in self.tensors() if n.rsplit(".", 1)[-1] in ("bias", "q_bias", "k_bias", "v_bias")]
+
+
+def original(host: Any, name: str) -> nn.Parameter:
+    """The base's own tensor, which an adapter may have shadowed or rewritten."""
+    shadows = host._modules.get("_deltavit_shadows")
+    if shadows is not None and f"{name}@0" in shadows._parameters:
+        return shadows._parameters[f"{name}@0"]  # type: ignore[no-any-return]
+    if "parametrizations" in host._modules and name in host.parametrizations:
+        return host.parametrizations[name].original  # type: ignore[no-any-return]
+    return getattr(host, name)  # type: ignore[no-any-return]
 
 
 def inside(name: str, path: str) -> bool:

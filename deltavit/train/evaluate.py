@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +55,13 @@ def evaluate(
     batch_size: int = 128,
     precision: str = "auto",
     labels: Sequence[int] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Run a model over all pictures of a split, in eval mode.
 
     Args:
         labels: where the data set numbers its classes otherwise than the head: the head's number of each.
+        progress: called after each batch with the number of pictures done.
     """
     if not len(images):
         raise DataError(f"{images.split.name} has no pictures to evaluate")
@@ -70,9 +72,9 @@ def evaluate(
     hits = counts = torch.zeros(0, dtype=torch.float64)
     loss, missed = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     try:
-        for start in range(
-            0, max(len(mine), 1), batch_size
-        ):  # an empty share runs too: it learns the number of classes
+        # a process whose share is empty runs a batch too: it learns the number of classes
+        for start in range(0, max(len(mine), 1), batch_size):
+            images.ahead(mine[start : start + 2 * batch_size])
             x, y, ok = images.batch(mine[start : start + batch_size])
             if labels is not None:
                 y = torch.tensor(labels)[y]
@@ -89,6 +91,7 @@ def evaluate(
             counts = counts.index_add(0, y, torch.ones_like(right))
             loss += F.cross_entropy(logits[ok], y[ok], reduction="sum").double()
             missed += (~ok).sum()
+            progress(min((start + batch_size) * ddp.world(), len(images)))
     finally:
         model.train(was)
     ddp.total(hits, counts, loss, missed)
