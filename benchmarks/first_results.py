@@ -127,7 +127,7 @@ def measure(chosen: argparse.Namespace) -> None:
 
 
 def report(records: Path, to: Path) -> None:
-    """Table (Markdown), picture and the records themselves, as a pure function of the records."""
+    """The tables in first.md, the picture, and all runs in one file, as a pure function of the records."""
     rows = [json.loads(path.read_text()) for path in sorted(records.glob("*.json"))]
     finals = [r for r in rows if r["final"]]
     sets = [s for s in ("cifar100", "caltech99", "sign_digits", "omniglot8") if any(r["set"] == s for r in finals)]
@@ -155,13 +155,17 @@ def report(records: Path, to: Path) -> None:
             + f" | {statistics.median(seconds):.0f} ({min(seconds):.0f}-{max(seconds):.0f}) |"
         )  # fmt: skip
     to.mkdir(parents=True, exist_ok=True)
-    (to / "first-table.md").write_text("\n".join(lines) + "\n")
     search = ["| method | learning rate | val accuracy |", "|---|---:|---:|"]
     search += [
         f"| {r['method']} | {r['lr']:g} | {100 * r['val']:.1f} |"
         for r in sorted((r for r in rows if not r["final"]), key=lambda r: (list(METHODS).index(r["method"]), r["lr"]))
     ]
-    (to / "first-search.md").write_text("\n".join(search) + "\n")
+    page = to / "first.md"
+    text = page.read_text() if page.exists() else "# First results\n\n" + "".join(map(_block, ("results", "search")))
+    for name, table in (("results", lines), ("search", search)):
+        before, begin, rest = text.partition(f"<!-- {name}:begin -->")
+        text = before + begin + "\n" + "\n".join(table) + "\n" + rest[rest.index(f"<!-- {name}:end -->") :]
+    page.write_text(text)
     keep = ("set", "method", "registered", "options", "lr", "head_lr", "seed", "final", "body", "head", "val", "test",
             "loss", "seconds")  # fmt: skip
     common = {k: rows[0][k] for k in rows[0] if k not in keep and k != "data"}
@@ -187,6 +191,10 @@ def report(records: Path, to: Path) -> None:
     axes.grid(alpha=0.3)
     figure.savefig(to / "first-picture.png", dpi=130)
     print("\n".join(lines))
+
+
+def _block(name: str) -> str:
+    return f"<!-- {name}:begin -->\n<!-- {name}:end -->\n\n"
 
 
 if __name__ == "__main__":

@@ -244,6 +244,15 @@ def test_attach_draws_from_its_seed_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_name_alone_is_the_method_with_its_defaults():
+    model = FAMILIES["tiny"]()
+    assert (
+        deltavit.attach(model, "lora", classes=3).method
+        == deltavit.method("lora")
+        == deltavit.plan(model, "lora").method
+    )
+
+
 def test_names_are_stable_and_shared_factors_come_once():
     adapter = deltavit.attach(FAMILIES["vit"](), deltavit.method("kadaptation"), classes=3)
     assert list(adapter.tensors())[:3] == ["shared.q.slow", "blocks.0.q.u", "blocks.0.q.v"]

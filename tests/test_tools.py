@@ -65,4 +65,7 @@ def test_the_first_results_resume_and_report(tmp_path):
     assert "chosen on val" in first
     assert "val 0" not in run(script, *flags)  # nothing is trained twice
     run(script, "--report", tmp_path / "records", "--to", tmp_path / "page")
-    assert len((tmp_path / "page" / "first-table.md").read_text().splitlines()) == 8
+    page = (tmp_path / "page" / "first.md").read_text()
+    assert all(f"| {method} |" in page for method in ("LoRA r8", "full fine-tuning"))
+    run(script, "--report", tmp_path / "records", "--to", tmp_path / "page")
+    assert (tmp_path / "page" / "first.md").read_text() == page

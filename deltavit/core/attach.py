@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from .edit import After, Before, Change, Edit, LowRank, Own, Rewrite, thin
 from .errors import AdapterError, MethodError
 from .method import Method
+from .method import method as build_method
 from .site import Anatomy, Site, anatomy, original
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -59,13 +60,13 @@ class Plan(tuple[Edit, ...]):
         return "\n".join([f"{self.method.name} on {self.vit.name}: {self.trainable_parameters:,} parameters", *kinds])
 
 
-def plan(model: nn.Module, method: Method, classes: int | Sequence[str] | None = None) -> Plan:
+def plan(model: nn.Module, method: Method | str, classes: int | Sequence[str] | None = None) -> Plan:
     """What a method would change in a model, without doing it and without allocating: all its tensors are on meta.
 
     Raises:
         ModelError: not a Vision Transformer we know.  MethodError: a method or option that does not fit it.
     """
-    vit = anatomy(model)
+    vit, method = anatomy(model), build_method(method)
     made = Plan(_edits(method, vit, "meta"))
     made.vit, made.method = vit, method
     made.head_parameters = 0 if classes is None else (vit.features + 1) * len(_classes(classes))
@@ -337,11 +338,14 @@ def adapters(model: nn.Module) -> list[Adapter]:
     return list(record.adapters) if record else []
 
 
-def attach(model: nn.Module, method: Method, *, classes: int | Sequence[str] | None = None, seed: int = 0) -> Adapter:
+def attach(
+    model: nn.Module, method: Method | str, *, classes: int | Sequence[str] | None = None, seed: int = 0
+) -> Adapter:
     """Freeze a model and carry out a method's edits on it.  Afterwards `.to`, compile and DDP as usual.
 
     Args:
         model: a Vision Transformer whose anatomy is known; nothing of it is written.
+        method: `method("lora", rank=4)`, or a name alone for its defaults.
         classes: names of the classes in order, or their number: a new head [classes, features] is made. None keeps
             the model's own head, frozen.
         seed: of every number drawn here; the global random state is left as it was.
@@ -349,7 +353,7 @@ def attach(model: nn.Module, method: Method, *, classes: int | Sequence[str] | N
     Raises:
         ModelError, MethodError: as `plan`.  AdapterError: a second adapter rewrites a tensor the first one owns.
     """
-    vit = anatomy(model)
+    vit, method = anatomy(model), build_method(method)
     names = None if classes is None else _classes(classes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the caller's GPU too
