@@ -47,9 +47,8 @@ def peft_lora(targets: list[str]) -> Build:
     def build(model: nn.Module) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
-        config = LoraConfig(r=8, lora_alpha=8, target_modules=targets, modules_to_save=["head"])
-        inject_adapter_in_model(config, model)
-        model.get_submodule("head").requires_grad_(True)
+        inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8, target_modules=targets), model)
+        _new_head(model)
 
     return build
 
@@ -59,9 +58,13 @@ def peft_lokr(targets: list[str]) -> Build:
         from peft import LoKrConfig, inject_adapter_in_model
 
         inject_adapter_in_model(LoKrConfig(r=1, alpha=1, decompose_factor=4, target_modules=targets), model)
-        model.get_submodule("head").requires_grad_(True)
+        _new_head(model)
 
     return build
+
+
+def _new_head(model: nn.Module) -> None:
+    model.head = nn.Linear(model.get_submodule("head").in_features, 100)  # type: ignore[arg-type]
 
 
 def limit(model: nn.Module) -> None:

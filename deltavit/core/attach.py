@@ -7,16 +7,18 @@ that is put into a model is a child module of its host, so that it follows `.to`
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .edit import After, Before, Change, Edit, LowRank, Own, Rewrite, thin
@@ -147,8 +149,7 @@ class _Weights(nn.Module):
 class _Outputs(nn.Module):
     """The activation face: a forward hook that applies the changes of one linear layer to what it puts out.
 
-    Low-rank changes of one layer are gathered into a single thin product: each distinct `down` is applied once, and
-    rows that no site rewrites get zeros in `up`.  It is added in one pass and forms no gradient of the size of W.
+    Low-rank changes of one layer are gathered: each distinct `down` is applied once, and each `up` adds to its rows.
     """
 
     def __init__(self, pieces: list[tuple[Site, Change]], out: int):
@@ -159,35 +160,47 @@ class _Outputs(nn.Module):
 
     def hook(self, host: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         x: Tensor = args[0]
-        if all(isinstance(c, LowRank) and not (c.dropout and c.training) for c in self.changes):
-            up, down, shift = self.gathered()
-            y = add_thin(x, y, up, down)
-            return y if shift is None else y + shift.to(y.dtype)
-        parts, at = [], 0
-        for (a, b), change in zip(self.rows, self.changes, strict=True):
-            parts += [y[..., at:a], change.output(x, y[..., a:b])]  # type: ignore[operator]
-            at = b
-        return torch.cat([*parts, y[..., at:]], -1) if len(parts) > 2 or at < self.out else parts[1]
-
-    def gathered(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(up [out, R], down [R, in], shift [out] or None) of all changes together."""
-        if len(self.rows) == 1 and self.rows[0] == (0, self.out):
-            change = self.changes[0]
-            return *change.factors(), change.shift  # type: ignore[operator, return-value]
         changes: list[Any] = list(self.changes)
+        if not all(isinstance(c, LowRank) and not (c.dropout and c.training) for c in changes):
+            parts, at = [], 0
+            for (a, b), change in zip(self.rows, changes, strict=True):
+                parts += [y[..., at:a], change.output(x, y[..., a:b])]
+                at = b
+            return torch.cat([*parts, y[..., at:]], -1) if len(parts) > 2 or at < self.out else parts[1]
         factors = [change.factors() for change in changes]
         downs = list({id(down): down for _, down in factors}.values())
-        ups = [
-            _spread([(rows, up) for rows, (up, mine) in zip(self.rows, factors, strict=True) if mine is down], self.out)
-            for down in downs
-        ]
-        shifts = [(rows, c.shift) for rows, c in zip(self.rows, changes, strict=True) if c.shift is not None]
-        up = ups[0] if len(ups) == 1 else torch.cat(ups, 1)
         down = downs[0] if len(downs) == 1 else torch.cat(downs)
-        return up, down, _spread(shifts, self.out) if shifts else None
+        starts = [0, *itertools.accumulate(len(d) for d in downs)]
+        columns = [next((starts[k], starts[k + 1]) for k, d in enumerate(downs) if d is mine) for _, mine in factors]
+        ups = [up for up, _ in factors]
+        if self._owns(host, x, y):
+            y = _FrozenPlusThin.apply(x, y.detach(), host.weight, down, self.rows, columns, *ups)
+        else:
+            y = add_thin(x, y, self._spread(ups, columns, starts[-1]), down)
+        shifts = [(rows, c.shift) for rows, c in zip(self.rows, changes, strict=True) if c.shift is not None]
+        return y + _rows(shifts, self.out).to(y.dtype) if shifts else y
+
+    def _owns(self, host: nn.Module, x: Tensor, y: Tensor) -> bool:
+        """Whether y is a plain frozen linear layer's alone, so that its backward can be ours too."""
+        return (
+            type(host) is nn.Linear
+            and next(iter(host._forward_hooks.values())) == self.hook
+            and not (host.weight.requires_grad or (host.bias is not None and host.bias.requires_grad))
+            and x.dtype == y.dtype == host.weight.dtype
+            and y.is_contiguous()
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+    def _spread(self, ups: list[Tensor], columns: list[tuple[int, int]], rank: int) -> Tensor:
+        """All `up` in one [out, R], with zeros where a row is not rewritten or a column belongs to another site."""
+        if len(ups) == 1 and ups[0].shape == (self.out, rank):
+            return ups[0]
+        wide = [F.pad(up, (a, rank - b)) for up, (a, b) in zip(ups, columns, strict=True)]
+        return _rows(list(zip(self.rows, wide, strict=True)), self.out)
 
 
-def _spread(pieces: list[tuple[tuple[int, int], Tensor]], out: int) -> Tensor:
+def _rows(pieces: list[tuple[tuple[int, int], Tensor]], out: int) -> Tensor:
     """[out, ...] with each piece in its rows, which are in rising order, and zeros in all others."""
     parts: list[Tensor] = []
     at = 0
@@ -198,10 +211,50 @@ def _spread(pieces: list[tuple[tuple[int, int], Tensor]], out: int) -> Tensor:
 
 
 def add_thin(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """y + (x down^T) up^T in one pass over y: x [..., in], y [..., out], up [out, R], down [R, in]."""
+    """y + (x down^T) up^T: x [..., in], y [..., out], up [out, R], down [R, in]."""
     h = thin(x, down)
     flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype), up.to(y.dtype).t())
     return flat.view(y.shape)
+
+
+class _FrozenPlusThin(torch.autograd.Function):
+    """The same over a frozen linear layer, adding in place both ways: y here, and the gradient of x in the backward.
+
+    It takes over the layer's own backward, g W, because autograd would else add the two gradients of x in a pass and a
+    buffer of their own.  No gradient of the size of W is formed.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, y: Tensor, W: Tensor, down: Tensor, rows: list[Any], columns: list[Any], *ups: Tensor
+    ) -> Tensor:
+        flat, down = x.reshape(-1, x.shape[-1]), down.to(x.dtype)
+        ups = tuple(up.to(x.dtype) for up in ups)
+        h = flat @ down.t()
+        into = y.view(-1, y.shape[-1])
+        for (a, b), (c, d), up in zip(rows, columns, ups, strict=True):
+            into[:, a:b].addmm_(h[:, c:d], up.t())
+        ctx.mark_dirty(y)
+        ctx.rows, ctx.columns = rows, columns
+        ctx.save_for_backward(flat if ctx.needs_input_grad[3] else None, h, W, down, *ups)
+        ctx.shape = x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        flat, h, W, down, *ups = ctx.saved_tensors
+        g = g.reshape(-1, g.shape[-1])
+        gh = torch.zeros_like(h)
+        g_ups: list[Tensor | None] = []
+        for (a, b), (c, d), up, needed in zip(ctx.rows, ctx.columns, ups, ctx.needs_input_grad[6:], strict=True):
+            gh[:, c:d].addmm_(g[:, a:b], up)
+            g_ups.append(g[:, a:b].t() @ h[:, c:d] if needed else None)
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = (g @ W).addmm_(gh, down).view(ctx.shape)
+        g_down = gh.t() @ flat if ctx.needs_input_grad[3] else None
+        return gx, None, None, g_down, None, None, *g_ups
 
 
 class _Around(nn.Module):
@@ -496,7 +549,7 @@ class Adapter:
     def _rewrite(
         self, host: nn.Module, path: str, param: str, pieces: list[tuple[Site, Change]]
     ) -> list[_Guest | _Parametrized | _Shadow]:
-        for (one, _), (two, _) in pairwise(pieces):
+        for (one, _), (two, _) in itertools.pairwise(pieces):
             if one.rows[1] > two.rows[0]:
                 raise MethodError(f"{self.method.name} rewrites {two.name} twice")
         for site, change in pieces:
