@@ -55,8 +55,8 @@ class Slices(LowRank):
     def factors(self) -> tuple[Tensor, Tensor]:
         middle = self.middle() if self.scale == 1 else self.scale * self.middle()
         if self.wide:  # slices along the input: down = [S_1 U, ..., S_m U]
-            return self.v, torch.einsum("jab,bd->ajd", middle, self.u).reshape(len(self.u), -1)
-        return torch.einsum("da,jab->jdb", self.v, middle).reshape(-1, len(self.u)), self.u
+            return self.v, (middle @ self.u).transpose(0, 1).reshape(len(self.u), -1)
+        return (self.v @ middle).reshape(-1, len(self.u)), self.u
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
         if not (self.dropout and self.training):
@@ -102,7 +102,8 @@ class Tucker(Slices):
         self.core, self.positions, self.at = core, positions, at
 
     def middle(self) -> Tensor:
-        return torch.einsum("jm,mab->jab", self.positions[self.at : self.at + self.slices], self.core)
+        mine = self.positions[self.at : self.at + self.slices]
+        return (mine @ self.core.flatten(1)).view(-1, *self.core.shape[1:])
 
 
 @dataclass(frozen=True)

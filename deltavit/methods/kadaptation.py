@@ -34,9 +34,10 @@ class KroneckerSum(LowRank):
     def factors(self) -> tuple[Tensor, Tensor]:
         # sum_k A_k (x) u_k v_k = [A_k (x) u_k]_k @ [I (x) v_k]_k, of rank n n r
         n, rank = len(self.slow), self.v.shape[1]
-        up = torch.einsum("kab,kcr->ackbr", self.slow, self.u).reshape(-1, n * n * rank)
+        up = self.slow.permute(1, 0, 2)[:, None, :, :, None] * self.u.transpose(0, 1)[:, :, None, :]  # [a, c, k, b, r]
         eye = torch.eye(n, dtype=self.v.dtype, device=self.v.device)
-        down = torch.einsum("bd,kri->kbrdi", eye, self.v).reshape(n * n * rank, -1)
+        down = eye[:, None, :, None] * self.v[:, None, :, None, :]  # [k, b, r, d, i/n]
+        up, down = up.reshape(-1, n * n * rank), down.reshape(n * n * rank, -1)
         return (up if self.scale == 1 else self.scale * up), down
 
 
