@@ -24,6 +24,7 @@ import torch
 
 import deltavit
 from deltavit import Images, Training
+from deltavit.train.recipe import read_recipe
 
 METHODS: dict[str, tuple[str, dict[str, Any], list[float]]] = {
     "linear probing": ("linear", {}, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
@@ -172,6 +173,18 @@ def report(records: Path, to: Path) -> None:
     (to / "first-records.json").write_text(
         json.dumps({"common": common, "runs": [{k: r[k] for k in keep} for r in rows]}, indent=1) + "\n"
     )
+    (to / "recipes").mkdir(exist_ok=True)
+    for r in {r["method"]: r for r in finals}.values():
+        train = {k: common[k] for k in ("epochs", "augment")} | {"batch_size": common["batch"]}
+        recipe = read_recipe(
+            None,
+            model={"name": common["model"], "weights": "deit_tiny_patch16_224.safetensors",
+                   "image_size": common["image_size"]},
+            method={"name": r["registered"], **r["options"]},
+            data={"path": "cifar100"},
+            train={**train, "lr": r["lr"], "head_lr": r["head_lr"]},
+        )  # fmt: skip
+        (to / "recipes" / f"first-{r['registered']}.toml").write_text(recipe.toml())
     import matplotlib
 
     matplotlib.use("Agg")
@@ -179,10 +192,10 @@ def report(records: Path, to: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for method, body, mean, spread in picture:
-        axes.errorbar(max(body, 1), mean, spread, marker="o", capsize=3)
-        axes.annotate(method, (max(body, 1), mean), xytext=(6, 6), textcoords="offset points", fontsize=9)
-    axes.set_xscale("symlog", linthresh=1000)
-    axes.set_xlim(-300, 4e7)
+        axes.errorbar(body, mean, spread, marker="o", capsize=3, linestyle="none", label=method)
+    axes.set_xscale("symlog", linthresh=3000)
+    axes.set_xticks([0, 1e4, 1e5, 1e6, 1e7])
+    axes.legend(loc="lower right")
     axes.set(
         xlabel="trainable parameters without the head",
         ylabel=f"{sets[0]} test accuracy, %",
