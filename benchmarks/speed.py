@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,6 +168,9 @@ def peak(model: str, name: str, device: torch.device, batch: int, bf16: bool) ->
     candidate.step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # ru_maxrss begins with what the parent had when it forked
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
