@@ -182,7 +182,7 @@ def test_what_has_no_anatomy_is_refused(name, says):
 def test_unknown_roles_blocks_options_and_methods_name_what_exists():
     model = FAMILIES["vit"]()
     for options, says in [
-        ({"where": {"roles": ["query"]}}, "it has fc1, fc2, k, o, q, v"),
+        ({"where": {"roles": ["query"]}}, "it has fc1, fc2, k, norm, o, patch, q, v"),
         ({"where": {"blocks": [2]}}, "blocks 0 to 1, asked for 2"),
         ({"rnk": 3}, "did you mean 'rank'"),
         ({"rank": 0}, "at least 1, got 0"),

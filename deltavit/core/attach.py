@@ -1,7 +1,6 @@
-"""`plan` and `attach`: the only file that alters a model.
+"""`plan` and `attach`: with `guests`, the only files that alter a model.
 
-Base tensors are never written, only shadowed: `detach` is exact to the bit, `merge` is the one writer.  Everything
-that is put into a model is a child module of its host, so that it follows `.to`, `deepcopy` and DDP like the rest.
+Base tensors are never written, only shadowed: `detach` is exact to the bit, `merge` is the one writer.
 """
 
 from __future__ import annotations
@@ -9,21 +8,32 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .edit import After, Before, Change, Edit, LowRank, Own, Rewrite, thin
+from .edit import After, Before, Chain, Change, Edit, Own, Rewrite, Swap
 from .errors import AdapterError, MethodError
-from .method import Method
+from .guests import (
+    Around,
+    Biases,
+    Guest,
+    Inputs,
+    Outputs,
+    Parametrized,
+    Part,
+    Piece,
+    Shadow,
+    Weights,
+    as_matrix,
+    place_of,
+)
+from .method import Composite, Method
 from .method import method as build_method
 from .site import Anatomy, Site, anatomy, original
 
@@ -36,16 +46,17 @@ class Plan(tuple[Edit, ...]):
     vit: Anatomy
     method: Method
     head_parameters: int
+    labels: list[str]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the body that would train."""
-        return {name: tuple(p.shape) for name, p in _names(self, self.vit).items()}
+        return {name: tuple(p.shape) for name, p in _names(self, self.labels, self.vit).items()}
 
     @property
     def trainable_parameters(self) -> int:
         """Numbers that would train in the body; a factor shared between sites counts once, the head not at all."""
-        return sum(p.numel() for p in _names(self, self.vit).values())
+        return sum(p.numel() for p in _names(self, self.labels, self.vit).values())
 
     @property
     def mergeable(self) -> bool:
@@ -62,25 +73,36 @@ class Plan(tuple[Edit, ...]):
         return "\n".join([f"{self.method.name} on {self.vit.name}: {self.trainable_parameters:,} parameters", *kinds])
 
 
-def plan(model: nn.Module, method: Method | str, classes: int | Sequence[str] | None = None) -> Plan:
+def plan(model: nn.Module, method: Method | str | Sequence[Any], classes: int | Sequence[str] | None = None) -> Plan:
     """What a method would change in a model, without doing it and without allocating: all its tensors are on meta.
 
     Raises:
         ModelError: not a Vision Transformer we know.  MethodError: a method or option that does not fit it.
     """
     vit, method = anatomy(model), build_method(method)
-    made = Plan(_edits(method, vit, "meta"))
-    made.vit, made.method = vit, method
+    edits, labels = _edits(method, vit, "meta")
+    made = Plan(edits)
+    made.vit, made.method, made.labels = vit, method, labels
     made.head_parameters = 0 if classes is None else (vit.features + 1) * len(_classes(classes))
     return made
 
 
-def _edits(method: Method, vit: Anatomy, device: str) -> list[Edit]:
-    try:
-        with torch.device(device):
-            return list(method.edits(vit))
-    except ValueError as error:
-        raise MethodError(f"{method.name} on {vit.name}: {error}") from None
+def _edits(method: Method, vit: Anatomy, device: str) -> tuple[list[Edit], list[str]]:
+    """The edits, and for each the label of the method that it comes from: "" where there is only one method."""
+    parts = method.parts if isinstance(method, Composite) else {"": method}
+    edits: dict[object, tuple[Edit, str]] = {}
+    for label, part in parts.items():
+        try:
+            with torch.device(device):
+                for edit in part.edits(vit):
+                    # a tensor that two methods train is one tensor; a site twice in one method is refused later
+                    edits[edit if isinstance(edit, Own) else len(edits)] = edit, label
+        except ValueError as error:
+            raise MethodError(f"{part.name} on {vit.name}: {error}") from None
+    swapped = [edit.path for edit, _ in edits.values() if isinstance(edit, Swap)]
+    if twice := next((path for path in swapped if swapped.count(path) > 1), None):
+        raise MethodError(f"{method.name} replaces {twice} twice")
+    return [edit for edit, _ in edits.values()], [label for _, label in edits.values()]
 
 
 def _classes(classes: int | Sequence[str]) -> list[str]:
@@ -93,288 +115,55 @@ def _classes(classes: int | Sequence[str]) -> list[str]:
     return names
 
 
-def _names(edits: Sequence[Edit], vit: Anatomy) -> dict[str, nn.Parameter]:
-    """Every parameter that the edits train, by a stable name; a factor used by several sites is named by its roles."""
-    users: dict[int, list[tuple[str, Site]]] = defaultdict(list)
+def _names(edits: Sequence[Edit], labels: Sequence[str], vit: Anatomy) -> dict[str, nn.Parameter]:
+    """Every parameter that the edits train, by a stable name; one that serves several places is named by its roles."""
+    users: dict[int, list[tuple[int, str, str]]] = defaultdict(list)
     params: dict[int, nn.Parameter] = {}
-    names: dict[str, nn.Parameter] = {}
+    own: dict[str, nn.Parameter] = {}
     base = None
-    for edit in edits:
+
+    def uses(module: nn.Module, block: int, role: str, label: str) -> None:
+        for attr, p in module.named_parameters():
+            params[id(p)] = p
+            users[id(p)].append((block, f"{label}.{role}".lstrip("."), attr))
+
+    for edit, label in zip(edits, labels, strict=True):
         if isinstance(edit, Rewrite):
-            for name, p in edit.change.named_parameters():
-                params[id(p)] = p
-                users[id(p)].append((name, edit.site))
-        elif isinstance(edit, (Before, After)):
-            names.update({f"{edit.name}.{n}": p for n, p in edit.module.named_parameters()})
+            uses(edit.change, edit.site.block, edit.site.part or edit.site.role, label)
         elif isinstance(edit, Own):
             base = vit.tensors() if base is None else base
-            names[edit.name] = base[edit.name]
+            own[edit.name] = base[edit.name]
         else:
-            with torch.device("meta"):
-                names.update({f"{edit.name}.{n}": p for n, p in edit.build(nn.Identity()).named_parameters()})
-    roles = list(dict.fromkeys(site.role for used in users.values() for _, site in used))
-    for key, used in users.items():
-        attr, site = used[0]
-        mine = list(dict.fromkeys(s.role for _, s in used))
-        full = f"{site.name}.{attr}" if len(used) == 1 else ".".join(["shared", *([] if mine == roles else mine), attr])
-        if full in names:
-            raise MethodError(f"two tensors are called {full!r}: give the factors different attribute names")
-        names[full] = params[key]
+            if isinstance(edit, Swap):
+                with torch.device("meta"):
+                    module = edit.build(nn.Identity())
+            else:
+                module = edit.module
+            head, _, rest = edit.name.partition(".")
+            number, _, role = rest.partition(".")
+            inner = head == "blocks" and number.isdigit()
+            uses(module, int(number) if inner else -1, role if inner else edit.name, label)
+
+    everywhere = list(dict.fromkeys(role for used in users.values() for _, role, _ in used))
+    full = {key: _name(used, everywhere) for key, used in users.items()}
+    names = dict(own)
+    several = {name: keys for name in full.values() if len(keys := [k for k, n in full.items() if n == name]) > 1}
+    for key, name in full.items():
+        if name in several and name.startswith("shared."):  # one for each width of the model
+            name = f"shared.{several[name].index(key)}.{name.removeprefix('shared.')}"
+        if name in names:
+            raise MethodError(f"two tensors are called {name!r}: give the factors different attribute names")
+        names[name] = params[key]
     return names
 
 
-# --- what is put into a model ----------------------------------------------------------------------------------------
-
-
-class _Weights(nn.Module):
-    """The weight face: a parametrization that rewrites rows of one tensor (`param` of a module, or its bias)."""
-
-    def __init__(self, pieces: list[tuple[Site, Change]], bias: bool):
-        super().__init__()
-        self.rows = [site.rows for site, _ in pieces]
-        self.changes = nn.ModuleList(change for _, change in pieces)
-        self.of_bias = bias
-
-    def forward(self, W: Tensor) -> Tensor:
-        parts, at = [], 0
-        exact = torch.promote_types(W.dtype, torch.float32)
-        for (a, b), change in zip(self.rows, self.changes, strict=True):
-            old = W[a:b].to(exact)
-            new = change.bias(old) if self.of_bias else change.weight(old)  # type: ignore[operator]
-            parts += [W[at:a], new.to(W.dtype)]
-            at = b
-        return torch.cat([*parts, W[at:]])
-
-
-class _Outputs(nn.Module):
-    """The activation face: a forward hook that applies the changes of one linear layer to what it puts out.
-
-    Low-rank changes of one layer are gathered: each distinct `down` is applied once, and each `up` adds to its rows.
-    """
-
-    def __init__(self, pieces: list[tuple[Site, Change]], out: int):
-        super().__init__()
-        self.rows = [site.rows for site, _ in pieces]
-        self.changes = nn.ModuleList(change for _, change in pieces)
-        self.out = out
-
-    def hook(self, host: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-        x: Tensor = args[0]
-        changes: list[Any] = list(self.changes)
-        if not all(isinstance(c, LowRank) and not (c.dropout and c.training) for c in changes):
-            parts, at = [], 0
-            for (a, b), change in zip(self.rows, changes, strict=True):
-                parts += [y[..., at:a], change.output(x, y[..., a:b])]
-                at = b
-            return torch.cat([*parts, y[..., at:]], -1) if len(parts) > 2 or at < self.out else parts[1]
-        factors = [change.factors() for change in changes]
-        downs = list({id(down): down for _, down in factors}.values())
-        down = downs[0] if len(downs) == 1 else torch.cat(downs)
-        starts = [0, *itertools.accumulate(len(d) for d in downs)]
-        columns = [next((starts[k], starts[k + 1]) for k, d in enumerate(downs) if d is mine) for _, mine in factors]
-        ups = [up for up, _ in factors]
-        if self._owns(host, x, y):
-            y = _FrozenPlusThin.apply(x, y.detach(), host.weight, down, self.rows, columns, *ups)
-        else:
-            y = add_thin(x, y, self._spread(ups, columns, starts[-1]), down)
-        shifts = [(rows, c.shift) for rows, c in zip(self.rows, changes, strict=True) if c.shift is not None]
-        return y + _rows(shifts, self.out).to(y.dtype) if shifts else y
-
-    def _owns(self, host: nn.Module, x: Tensor, y: Tensor) -> bool:
-        """Whether y is a plain frozen linear layer's alone, so that its backward can be ours too."""
-        return (
-            type(host) is nn.Linear
-            and next(iter(host._forward_hooks.values())) == self.hook
-            and not (host.weight.requires_grad or (host.bias is not None and host.bias.requires_grad))
-            and x.dtype == y.dtype == host.weight.dtype
-            and y.is_contiguous()
-            and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-        )
-
-    def _spread(self, ups: list[Tensor], columns: list[tuple[int, int]], rank: int) -> Tensor:
-        """All `up` in one [out, R], with zeros where a row is not rewritten or a column belongs to another site."""
-        if len(ups) == 1 and ups[0].shape == (self.out, rank):
-            return ups[0]
-        wide = [F.pad(up, (a, rank - b)) for up, (a, b) in zip(ups, columns, strict=True)]
-        return _rows(list(zip(self.rows, wide, strict=True)), self.out)
-
-
-def _rows(pieces: list[tuple[tuple[int, int], Tensor]], out: int) -> Tensor:
-    """[out, ...] with each piece in its rows, which are in rising order, and zeros in all others."""
-    parts: list[Tensor] = []
-    at = 0
-    for (a, b), piece in pieces:
-        parts += [piece.new_zeros(a - at, *piece.shape[1:]), piece]
-        at = b
-    return torch.cat([*parts, pieces[-1][1].new_zeros(out - at, *pieces[-1][1].shape[1:])])
-
-
-def add_thin(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """y + (x down^T) up^T: x [..., in], y [..., out], up [out, R], down [R, in]."""
-    h = thin(x, down)
-    flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype), up.to(y.dtype).t())
-    return flat.view(y.shape)
-
-
-class _FrozenPlusThin(torch.autograd.Function):
-    """The same over a frozen linear layer, adding in place both ways: y here, and the gradient of x in the backward.
-
-    It takes over the layer's own backward, g W, because autograd would else add the two gradients of x in a pass and a
-    buffer of their own.  No gradient of the size of W is formed.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, y: Tensor, W: Tensor, down: Tensor, rows: list[Any], columns: list[Any], *ups: Tensor
-    ) -> Tensor:
-        flat, down = x.reshape(-1, x.shape[-1]), down.to(x.dtype)
-        ups = tuple(up.to(x.dtype) for up in ups)
-        h = flat @ down.t()
-        into = y.view(-1, y.shape[-1])
-        for (a, b), (c, d), up in zip(rows, columns, ups, strict=True):
-            into[:, a:b].addmm_(h[:, c:d], up.t())
-        ctx.mark_dirty(y)
-        ctx.rows, ctx.columns = rows, columns
-        ctx.save_for_backward(flat if ctx.needs_input_grad[3] else None, h, W, down, *ups)
-        ctx.shape = x.shape
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        flat, h, W, down, *ups = ctx.saved_tensors
-        g = g.reshape(-1, g.shape[-1])
-        ghs: dict[tuple[int, int], Tensor] = {}
-        g_ups: list[Tensor | None] = []
-        for rows, column, up, needed in zip(ctx.rows, ctx.columns, ups, ctx.needs_input_grad[6:], strict=True):
-            part = g[:, slice(*rows)]
-            # a product with 8 columns is several times slower than its transpose with 8 rows
-            gh = (up.t() @ part.t()).t() if up.shape[1] < 12 else part @ up
-            ghs[column] = ghs[column] + gh if column in ghs else gh
-            g_ups.append((h[:, slice(*column)].t() @ part).t() if needed else None)
-        gh = torch.cat([ghs[column] for column in sorted(ghs)], 1)
-        gx = None
-        if ctx.needs_input_grad[0]:
-            gx = (g @ W).addmm_(gh, down).view(ctx.shape)
-        g_down = gh.t() @ flat if ctx.needs_input_grad[3] else None
-        return gx, None, None, g_down, None, None, *g_ups
-
-
-class _Around(nn.Module):
-    """A module that runs before or after its host."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def before(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.module(args[0]), *args[1:])
-
-    def after(self, host: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
-        return self.module(args[0], y)
-
-
-class _Shadows(nn.Module):
-    """What adapters have shadowed in one host, bottom first; registered, so that it follows `.to` and `deepcopy`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stacks: dict[str, list[int]] = {}
-        """Per name the owners above the base, bottom first; the last one's value is the one in the host."""
-
-    def of(self, name: str, level: int) -> str:
-        return f"{name}@{level}"
-
-
-def _slot(host: nn.Module, name: str) -> dict[str, Any]:
-    return host._parameters if name in host._parameters else host._modules
-
-
-def _place(host: nn.Module, name: str, value: nn.Parameter | nn.Module, owner: int) -> None:
-    """Put a value over what the host calls `name`."""
-    shadows: Any = host._modules.setdefault("_deltavit_shadows", None) or _Shadows()
-    host._modules["_deltavit_shadows"] = shadows
-    slot, stack = _slot(host, name), shadows.stacks.setdefault(name, [])
-    store = shadows._parameters if isinstance(value, nn.Parameter) else shadows._modules
-    store[shadows.of(name, len(stack))] = slot[name]
-    stack.append(owner)
-    slot[name] = value
-
-
-def _withdraw(host: nn.Module, name: str, owner: int, keep: bool = False) -> None:
-    """Take an owner's value away again, wherever in the stack it is; `keep` makes it the new base instead."""
-    shadows: Any = host._modules["_deltavit_shadows"]
-    slot, stack = _slot(host, name), shadows.stacks[name]
-    store = shadows._parameters if slot is host._parameters else shadows._modules
-    values = [store.pop(shadows.of(name, i)) for i in range(len(stack))] + [slot[name]]
-    level = stack.index(owner)
-    del stack[level], values[0 if keep else level + 1]
-    slot[name] = values.pop()
-    store.update({shadows.of(name, i): value for i, value in enumerate(values)})
-    if not stack:
-        del shadows.stacks[name]
-    if not shadows.stacks:
-        del host._modules["_deltavit_shadows"]
-
-
-@dataclass
-class _Guest:
-    """One guest module in one host: how it goes in, and out."""
-
-    host: nn.Module
-    key: str
-    module: nn.Module
-    handle: Any = None
-
-    def install(self) -> None:
-        self.host.add_module(self.key, self.module)
-        self.module.train(self.host.training)
-        if isinstance(self.module, _Outputs):
-            self.handle = self.host.register_forward_hook(self.module.hook)
-        elif self.key.endswith("before"):
-            self.handle = self.host.register_forward_pre_hook(self.module.before)  # type: ignore[arg-type]
-        else:
-            self.handle = self.host.register_forward_hook(self.module.after)  # type: ignore[arg-type]
-
-    def remove(self, keep: bool = False) -> None:
-        self.handle.remove()
-        del self.host._modules[self.key]
-
-
-@dataclass
-class _Parametrized:
-    host: nn.Module
-    param: str
-    module: _Weights
-
-    def install(self) -> None:
-        self.module.train(self.host.training)
-        # unsafe: the check that it skips runs the change once for nothing, and shapes are checked by the tests
-        parametrize.register_parametrization(self.host, self.param, self.module, unsafe=True)
-
-    def remove(self, keep: bool = False) -> None:
-        several: nn.ModuleList = self.host.parametrizations[self.param]  # type: ignore[index, union-attr, assignment]
-        kept = [m for m in several if m is not self.module]
-        parametrize.remove_parametrizations(self.host, self.param, leave_parametrized=False)
-        for module in kept:
-            parametrize.register_parametrization(self.host, self.param, module, unsafe=True)
-
-
-@dataclass
-class _Shadow:
-    host: nn.Module
-    name: str
-    value: nn.Parameter | nn.Module
-    owner: int
-
-    def install(self) -> None:
-        if isinstance(self.value, nn.Module):
-            self.value.train(self.host.training)
-        _place(self.host, self.name, self.value, self.owner)
-
-    def remove(self, keep: bool = False) -> None:
-        _withdraw(self.host, self.name, self.owner, keep)
+def _name(used: list[tuple[int, str, str]], everywhere: list[str]) -> str:
+    blocks = {block for block, _, _ in used}
+    roles = list(dict.fromkeys(role for _, role, _ in used))
+    attr = used[0][2]
+    if len(blocks) > 1:
+        return ".".join(["shared", *([] if roles == everywhere else roles), attr])
+    return ".".join([*(f"blocks.{b}" for b in blocks if b >= 0), *roles, attr])
 
 
 # --- attach ----------------------------------------------------------------------------------------------------------
@@ -396,32 +185,40 @@ def adapters(model: nn.Module) -> list[Adapter]:
 
 
 def attach(
-    model: nn.Module, method: Method | str, *, classes: int | Sequence[str] | None = None, seed: int = 0
+    model: nn.Module,
+    method: Method | str | Sequence[Any],
+    *,
+    classes: int | Sequence[str] | None = None,
+    seed: int = 0,
+    head: tuple[Tensor, Tensor] | None = None,
 ) -> Adapter:
     """Freeze a model and carry out a method's edits on it.  Afterwards `.to`, compile and DDP as usual.
 
     Args:
         model: a Vision Transformer whose anatomy is known; nothing of it is written.
-        method: `method("lora", rank=4)`, or a name alone for its defaults.
+        method: `method("lora", rank=4)`, a name alone for its defaults, or a list of these, which are composed.
         classes: names of the classes in order, or their number: a new head [classes, features] is made. None keeps
             the model's own head, frozen.
         seed: of every number drawn here; the global random state is left as it was.
+        head: (weight [classes, features], bias [classes]) that the head starts from, such as text embeddings.
 
     Raises:
         ModelError, MethodError: as `plan`.  AdapterError: a second adapter rewrites a tensor the first one owns.
     """
     vit, method = anatomy(model), build_method(method)
     names = None if classes is None else _classes(classes)
+    if head is not None and names is None:
+        raise MethodError("head=... needs classes=..., which it is the head of")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the caller's GPU too
-        edits = _edits(method, vit, "cpu")
-        head = None if names is None else _head(vit, len(names))
-    if not edits and head is None:
+        edits, labels = _edits(method, vit, "cpu")
+        new_head = None if names is None else _head(vit, len(names), head)
+    if not edits and new_head is None:
         raise MethodError(f"{method.name} trains only the head: attach it with classes=...")
     record: _Record = model.__dict__.get("_deltavit_record") or _Record(model)
     own = {e.name: nn.Parameter(vit.tensors()[e.name].detach().clone()) for e in edits if isinstance(e, Own)}
-    trained = {**_names(edits, vit), **own}
-    adapter = Adapter(model, vit, method, edits, trained, own, head, names, seed, record.count)
+    trained = {**_names(edits, labels, vit), **own}
+    adapter = Adapter(model, vit, method, edits, trained, own, new_head, names, seed, record.count)
     adapter._fits()  # nothing is touched before this line
     for p, _ in record.flags:
         p.requires_grad_(False)
@@ -432,10 +229,15 @@ def attach(
     return adapter
 
 
-def _head(vit: Anatomy, classes: int) -> nn.Linear:
+def _head(vit: Anatomy, classes: int, start: tuple[Tensor, Tensor] | None) -> nn.Linear:
     head = nn.Linear(vit.features, classes)
     nn.init.trunc_normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
+    for p, value in zip((head.weight, head.bias), start or (), strict=False):
+        if value.shape != p.shape:
+            shapes = f"{list(value.shape)}, {vit.name} with {classes} classes needs {list(p.shape)}"
+            raise MethodError(f"head=... has a tensor of shape {shapes}")
+        p.data.copy_(value)
     return head
 
 
@@ -464,7 +266,8 @@ class Adapter:
         """What training leaves for the file: accuracies, seconds, the recipe; plain JSON."""
         self.state = "attached"
         self._number = number
-        self._parts: list[_Guest | _Parametrized | _Shadow] = []
+        self._parts: list[Part] = []
+        self._rewrites: list[Piece] = []
         self._trained = trained
         self._build(own)
 
@@ -479,16 +282,29 @@ class Adapter:
         """What an optimizer is given: the body first, then the head."""
         return list(self.tensors().values())  # type: ignore[arg-type]
 
+    @property
+    def trainable_parameters(self) -> int:
+        """Numbers that train in the body, the head apart; a factor shared between sites counts once."""
+        return sum(p.numel() for p in self._trained.values())
+
+    @property
+    def head_size(self) -> int:
+        """Numbers in the head."""
+        return sum(p.numel() for p in self.head_parameters())
+
     def head_parameters(self) -> list[nn.Parameter]:
         """The head's own tensors, for a learning rate of their own."""
         return [] if self.head is None else list(self.head.parameters())
 
     def frozen(self) -> str:
         """SHA-256 of what was drawn from the seed and does not train (LoRA-Fix's A); a file keeps only this."""
-        digest = hashlib.sha256()
+        digest, seen = hashlib.sha256(), set()
         for edit in self.edits:
             module = edit.change if isinstance(edit, Rewrite) else getattr(edit, "module", None)
             for name, buffer in module.named_buffers() if module is not None else ():
+                if id(buffer) in seen:
+                    continue
+                seen.add(id(buffer))
                 digest.update(name.encode())
                 digest.update(buffer.detach().to("cpu", torch.float32).contiguous().numpy().data)
         return digest.hexdigest()
@@ -500,84 +316,129 @@ class Adapter:
     def pairs(self) -> Iterator[tuple[Site, Tensor, Tensor]]:
         """Every matrix that the adapter changes, before and after: (site, W0, W1), for analysis."""
         self._must_be("attached")
-        for edit in self.edits:
-            if isinstance(edit, Rewrite):
-                W0 = self._base(edit.site)
-                exact = W0.to(torch.promote_types(W0.dtype, torch.float32))
-                with torch.no_grad():
-                    yield edit.site, W0, edit.change.weight(exact)
-            elif isinstance(edit, Own) and self._trained[edit.name].ndim == 2:
-                for linears in self.vit.linears:
-                    for site in linears.values():
-                        if site.tensor == edit.name:
-                            a, b = site.rows
-                            yield site, self._base(site), self._trained[edit.name].detach()[a:b]
+        for site, change in self._rewrites:
+            W0, W = self._base(site), self._own.get(site.tensor)
+            with torch.no_grad():
+                yield site, W0, change.weight(_exact(W0 if W is None else as_matrix(W.detach()[slice(*site.rows)])))
+        rewritten = {site.tensor for site, _ in self._rewrites}
+        for name in self._own:
+            for site in (s for linears in self.vit.linears for s in linears.values() if s.tensor == name):
+                if name not in rewritten:
+                    yield site, self._base(site), self._own[name].detach()[slice(*site.rows)]
 
     def _base(self, site: Site) -> Tensor:
-        a, b = site.rows
-        return original(self.model.get_submodule(site.path), site.param).detach()[a:b]
+        return as_matrix(original(self.model.get_submodule(site.path), site.param).detach()[slice(*site.rows)])
 
     # in and out
 
     def _build(self, own: dict[str, nn.Parameter]) -> None:
-        device = next(iter(self.vit.tensors().values())).device
-        dtype = torch.promote_types(next(iter(self.vit.tensors().values())).dtype, torch.float32)
+        self._own = own
+        like = next(iter(self.vit.tensors().values()))
+        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         modules = self.model.get_submodule
-        groups: dict[tuple[str, str], list[tuple[Site, Change]]] = defaultdict(list)
+        changes: dict[tuple[str, str], dict[tuple[int, int], list[Piece]]] = defaultdict(lambda: defaultdict(list))
         for edit in self.edits:
             if isinstance(edit, Rewrite):
                 edit.change.to(device, dtype)
-                groups[edit.site.path, edit.site.param].append((edit.site, edit.change))
+                changes[edit.site.path, edit.site.param][edit.site.rows].append((edit.site, edit.change))
             elif isinstance(edit, (Before, After)):
                 edit.module.to(device, dtype)
-                kind = type(edit).__name__.lower()
-                key = f"_deltavit_{self._number}_{len(self._parts)}_{kind}"
-                self._parts.append(_Guest(modules(edit.path), key, _Around(edit.module)))
+                self._parts.append(self._around(edit))
             elif isinstance(edit, Own):
                 path, _, name = edit.name.rpartition(".")
-                self._parts.append(_Shadow(modules(path), name, own[edit.name], self._number))
+                self._parts.append(Shadow(modules(path), name, own[edit.name], self._number))
             else:
                 path, _, name = edit.path.rpartition(".")
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(self.seed)
                     new = edit.build(modules(edit.path)).to(device, dtype)
                 self._trained.update({f"{edit.name}.{n}": p for n, p in new.named_parameters()})
-                self._parts.append(_Shadow(modules(path), name, new, self._number))
-        for (path, param), pieces in groups.items():
-            self._parts += self._rewrite(modules(path), path, param, sorted(pieces, key=lambda p: p[0].rows))
+                self._parts.append(Shadow(modules(path), name, new, self._number))
+        shifted: dict[tuple[str, str], list[tuple[Piece, nn.Module]]] = defaultdict(list)
+        for (path, param), by_rows in changes.items():
+            pieces = [self._chained(by_rows[rows]) for rows in sorted(by_rows)]
+            self._rewrites += pieces
+            self._parts += self._faces(modules(path), param, pieces, shifted)
+        for (path, name), several in shifted.items():
+            several.sort(key=lambda each: each[0][0].shift[2])  # type: ignore[index]
+            rewriting = Biases([piece for piece, _ in several], [host for _, host in several])
+            self._parts.append(Parametrized(modules(path), name, rewriting))
         if self.head is not None:
             path, _, name = self.vit.head.rpartition(".")
             self.head.to(device, dtype)
-            self._parts.append(_Shadow(modules(path), name, self.head, self._number))
+            self._parts.append(Shadow(modules(path), name, self.head, self._number))
 
-    def _rewrite(
-        self, host: nn.Module, path: str, param: str, pieces: list[tuple[Site, Change]]
-    ) -> list[_Guest | _Parametrized | _Shadow]:
+    def _around(self, edit: Before | After) -> Guest:
+        host, tap, rows, into = self.model.get_submodule(edit.path), None, None, None
+        kind = type(edit).__name__.lower()
+        if isinstance(edit.tap, Site):
+            tap, rows = self.model.get_submodule(edit.tap.path), edit.tap.rows
+        elif edit.tap is not None:
+            tap = self.model.get_submodule(edit.tap)
+        if isinstance(edit, Before) and edit.into:
+            into = edit.into, place_of(host, edit.into)
+        module = Around(edit.module, rows, into)
+        module.taps = tap is not None
+        return Guest(host, f"_deltavit_{self._number}_{len(self._parts)}_{kind}", module, kind, tap)
+
+    def _chained(self, pieces: list[Piece]) -> Piece:
+        """One change for one site: its own, or that of several methods together."""
+        (site, change), *others = pieces
+        if others:
+            if not isinstance(self.method, Composite):
+                raise MethodError(f"{self.method.name} rewrites {site.name} twice")
+            if any(c.alone for _, c in pieces):
+                raise MethodError(f"{self.method.name} on {site.name}: the order of these changes is not defined")
+            change = Chain([c for _, c in pieces])
+        if site.kind == "norm" and not all(c.by_rows for _, c in pieces):
+            raise MethodError(f"{self.method.name} changes matrices, and {site.name} is a norm, which has none")
+        if site.tensor in self._own and any(c.input is not None and not c.rescales for _, c in pieces):
+            raise MethodError(
+                f"{self.method.name}: an increment is computed from the pretrained {site.name}, which trains as well"
+            )
+        return site, change
+
+    def _faces(
+        self,
+        host: nn.Module,
+        param: str,
+        pieces: list[Piece],
+        shifted: dict[tuple[str, str], list[tuple[Piece, nn.Module]]],
+    ) -> list[Part]:
+        """The one rule that picks a face: on activations where the layer runs and the change can, else on weights."""
         for (one, _), (two, _) in itertools.pairwise(pieces):
             if one.rows[1] > two.rows[0]:
                 raise MethodError(f"{self.method.name} rewrites {two.name} twice")
         for site, change in pieces:
-            if not site.called and getattr(change, "dropout", None):
+            if change.moves_bias and site.shift is None:
+                raise MethodError(f"{self.method.name} shifts the bias of {site.name}, but {site.path} has none")
+        key = f"_deltavit_{self._number}_{param}"
+        size = sum(b - a for (a, b) in (site.rows for site, _ in pieces))
+        whole = size == len(original(host, param))
+        runs = all(site.called for site, _ in pieces)
+        matrices = all(site.kind == "linear" for site, _ in pieces)
+        if runs and matrices and whole and len({id(c) for _, c in pieces}) == 1 and pieces[0][1].input is not None:
+            return [Guest(host, key, Inputs(pieces[0][1]), "before")]
+        # a norm is rewritten by its two vectors, which costs no pass over the activations
+        sees = all(site.kind == "linear" or (site.kind == "conv" and _by_rows(change)) for site, change in pieces)
+        if runs and sees and all(change.output is not None for _, change in pieces):
+            return [Guest(host, key, Outputs(pieces, len(original(host, param))), "after")]
+        for site, change in pieces:
+            if getattr(change, "dropout", None):
+                reads = "reads its weight itself" if not site.called else "is rewritten as a weight"
                 raise MethodError(
-                    f"{self.method.name}.dropout acts on activations, but {self.vit.name} reads the weight "
-                    f"of {site.name} itself: set dropout=0"
+                    f"{self.method.name}.dropout acts on activations, but {site.name} of {self.vit.name} {reads}: "
+                    "set dropout=0"
                 )
-            if change.moves_bias and site.bias is None:
-                raise MethodError(f"{self.method.name} shifts the bias of {site.name}, but {path} has none")
-        if all(site.called and change.output is not None for site, change in pieces):
-            key = f"_deltavit_{self._number}_{param}"
-            return [_Guest(host, key, _Outputs(pieces, getattr(host, param).shape[0]))]
-        parts: list[_Guest | _Parametrized | _Shadow] = [_Parametrized(host, param, _Weights(pieces, bias=False))]
-        shifted = [(site, change) for site, change in pieces if change.moves_bias]
-        if shifted:
-            parts.append(_Parametrized(host, shifted[0][0].bias or "", _Weights(shifted, bias=True)))
-        return parts
+            if change.moves_bias and site.shift is not None:
+                shifted[site.shift[:2]].append(((site, change), host))
+        return [Parametrized(host, param, Weights(pieces))]
 
     def _fits(self) -> None:
         for part in self._parts:
-            if isinstance(part, _Parametrized) and part.param not in part.host._parameters | _parametrized(part.host):
+            if isinstance(part, Parametrized) and part.param not in part.host._parameters | _parametrized(part.host):
                 raise AdapterError(f"{part.param} is owned by another adapter: detach that one first")
-            if isinstance(part, _Shadow) and part.name in _parametrized(part.host):
+            if isinstance(part, Shadow) and part.name in _parametrized(part.host):
                 raise AdapterError(f"{part.name} is rewritten by another adapter: detach that one first")
 
     def _install(self) -> None:
@@ -587,7 +448,7 @@ class Adapter:
 
     def _remove(self, keep: bool = False) -> None:
         for part in reversed(self._parts):
-            part.remove(keep and isinstance(part, _Shadow))
+            part.remove(keep and isinstance(part, Shadow))
 
     def _must_be(self, *states: str) -> None:
         if self.state not in states:
@@ -629,17 +490,17 @@ class Adapter:
         others = [a for a in adapters(self.model) if a is not self]
         if others:
             raise AdapterError(f"{len(others)} other adapter(s) attached: detach them before merging this one")
-        writes: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = []
-        for edit in self.edits:
-            if isinstance(edit, Rewrite):
-                site, host = edit.site, self.model.get_submodule(edit.site.path)
-                writes.append((self._base(site), edit.change.weight))
-                if edit.change.moves_bias and site.bias:
-                    a, b = site.rows
-                    writes.append((original(host, site.bias).detach()[a:b], edit.change.bias))
         self._remove(keep=True)
+        writes: list[tuple[Tensor, Tensor]] = []
+        for site, change in self._rewrites:
+            W = self._base(site)
+            writes.append((W, change.weight(_exact(W))))
+            if change.moves_bias and site.shift:
+                path, name, rows = site.shift
+                b = original(self.model.get_submodule(path), name).detach()[slice(*rows)]
+                writes.append((b, change.bias(_exact(b), _exact(W))))
         for old, new in writes:
-            old.copy_(new(old.to(torch.promote_types(old.dtype, torch.float32))))
+            old.copy_(new)
         self._leave("merged")
         self.model.__dict__.pop("_deltavit_anatomy", None)  # another base now, with another fingerprint
 
@@ -661,9 +522,17 @@ class Adapter:
         return save(self, path)
 
     def __repr__(self) -> str:
-        body, head = sum(p.numel() for p in self._trained.values()), sum(p.numel() for p in self.head_parameters())
-        return f"Adapter({self.method.name} on {self.vit.name}, {body:,} + {head:,} parameters, {self.state})"
+        counts = f"{self.trainable_parameters:,} + {self.head_size:,} parameters"
+        return f"Adapter({self.method.name} on {self.vit.name}, {counts}, {self.state})"
 
 
 def _parametrized(host: nn.Module) -> dict[str, Any]:
     return dict(host.parametrizations.items()) if parametrize.is_parametrized(host) else {}  # type: ignore[union-attr, operator]
+
+
+def _by_rows(change: Change) -> bool:
+    return all(c.by_rows for c in [*change.adds, *change.scales]) if isinstance(change, Chain) else change.by_rows  # type: ignore[attr-defined]
+
+
+def _exact(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))

@@ -143,20 +143,24 @@ def merge_keeps_the_function(model: nn.Module, method: Method) -> None:
 
 
 def both_faces_agree(model: nn.Module, method: Method) -> None:
-    """`output(x, Wx + b)` equals `weight(W) x + bias(b)` to 1e-10 in float64, for every change that has an `output`."""
+    """A face on activations equals `weight(W) x + bias(b, W)` to 1e-10 in float64, for every change that has one."""
     copied = copy.deepcopy(model).double()
     adapter = attach(copied, method, classes=CLASSES)
     stir(adapter)
     generator = torch.Generator().manual_seed(0)
     for edit in adapter.edits:
-        if isinstance(edit, Rewrite) and edit.change.output is not None:
-            change: Change = edit.change.eval()
-            out, inp = edit.site.shape
-            W, b, x = (torch.randn(*s, generator=generator).double() for s in ((out, inp), (out,), (2, 3, inp)))
-            with torch.no_grad():
-                one = edit.change.output(x, F.linear(x, W, b))
-                two = F.linear(x, change.weight(W), change.bias(b))
-            _must(_gap(one, two) <= 1e-10, f"the faces differ by {_gap(one, two):.2g} at {edit.site.name}")
+        if not isinstance(edit, Rewrite) or (edit.change.output is None and edit.change.input is None):
+            continue
+        change: Change = edit.change.eval()
+        out, inp = edit.site.shape
+        W, b, x = (torch.randn(*s, generator=generator).double() for s in ((out, inp), (out,), (2, 3, inp)))
+        with torch.no_grad():
+            if change.input is not None:
+                one = F.linear(change.input(x), W, b)
+            else:
+                one = change.output(x, F.linear(x, W, b), *((W, b) if change.reads_weight else ()))  # type: ignore[misc]
+            two = F.linear(x, change.weight(W), change.bias(b, W))
+        _must(_gap(one, two) <= 1e-10, f"the faces differ by {_gap(one, two):.2g} at {edit.site.name}")
 
 
 def saves_and_loads(model: nn.Module, method: Method) -> None:
@@ -194,7 +198,7 @@ def a_copy_is_independent(model: nn.Module, method: Method) -> None:
 
 def pictures_do_not_meet(model: nn.Module, method: Method) -> None:
     """The output of a picture is the same alone and among others, to 1e-5."""
-    model, x = copy.deepcopy(model), pictures(model, 8)
+    model, x = copy.deepcopy(model), pictures(model, 64)
     adapter = attach(model, method, classes=CLASSES)
     stir(adapter)
     gap = _gap(_run(model, x[:1]), _run(model, x)[:1])
@@ -295,8 +299,8 @@ def _run(model: nn.Module, x: Tensor) -> Tensor:
 
 def _k_biases(model: nn.Module) -> set[str]:
     sites = [linears["k"] for linears in anatomy(model).linears if "k" in linears]
-    whole = [s for s in sites if s.bias and model.get_submodule(s.path).weight.shape[0] == s.shape[0]]  # type: ignore[union-attr, index]
-    return {f"{s.path}.{s.bias}" for s in whole}
+    whole = [s for s in sites if s.shift and model.get_submodule(s.path).get_parameter(s.param).shape[0] == s.shape[0]]
+    return {f"{s.shift[0]}.{s.shift[1]}" for s in whole if s.shift}
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

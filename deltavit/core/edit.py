@@ -8,8 +8,9 @@ other gets a parametrization.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,69 @@ from .site import Site
 
 
 class Change(nn.Module, ABC):
-    """How one frozen matrix W [out, in] and its bias b [out] are rewritten."""
+    """How one frozen matrix W [out, in] and its bias b [out] are rewritten.
 
-    output: Callable[[Tensor, Tensor], Tensor] | None = None
-    """Optional `output(x, y) -> y'` with x [..., in] and y = Wx + b [..., out]: must equal the definition."""
+    Beside the definition a change may have one face on activations, which must equal it: `output(x, y) -> y'`, with
+    x [..., in] and y = Wx + b [..., out], or `input(x) -> x'`, where W' = W T for a linear T.
+    """
+
+    output: Callable[..., Tensor] | None = None
+    input: Callable[[Tensor], Tensor] | None = None
+    reads_weight: ClassVar[bool] = False
+    """The output face is `output(x, y, W, b)`, b None where there is none."""
+    rescales: ClassVar[bool] = False
+    """It multiplies what is there; else it adds what is computed from the pretrained W.  Where several methods rewrite
+    one matrix, all increments are summed first, and rescales then multiply the sum."""
+    by_rows: ClassVar[bool] = False
+    """Each output is changed on its own, whatever the inputs: only such a change makes sense for a norm."""
+    alone: ClassVar[bool] = False
+    """It cannot be composed with another change of the same matrix."""
 
     @abstractmethod
     def weight(self, W: Tensor) -> Tensor:
         """The definition, [out, in] -> [out, in]."""
 
-    def bias(self, b: Tensor) -> Tensor:
-        """What becomes of the bias, [out] -> [out]."""
+    def bias(self, b: Tensor, W: Tensor) -> Tensor:
+        """What becomes of the bias, [out] -> [out]; W is the matrix before the change."""
         return b
 
     @property
     def moves_bias(self) -> bool:
         return type(self).bias is not Change.bias
+
+
+class Chain(Change):
+    """Several changes of one matrix: increments from W are summed, then rescales multiply in the order given."""
+
+    def __init__(self, changes: Sequence[Change]):
+        super().__init__()
+        self.adds = nn.ModuleList(c for c in changes if not c.rescales)
+        self.scales = nn.ModuleList(c for c in changes if c.rescales)
+        if all(c.output is not None and not c.reads_weight for c in changes):
+            self.output = self._output
+        self.dropout = max(float(getattr(c, "dropout", 0.0)) for c in changes)
+
+    def weight(self, W: Tensor) -> Tensor:
+        W = W + sum(c.weight(W) - W for c in self.adds)  # type: ignore[operator]
+        for c in self.scales:
+            W = c.weight(W)  # type: ignore[operator]
+        return W
+
+    def bias(self, b: Tensor, W: Tensor) -> Tensor:
+        b = b + sum(c.bias(b, W) - b for c in self.adds)  # type: ignore[operator]
+        W = W + sum(c.weight(W) - W for c in self.adds)  # type: ignore[operator]
+        for c in self.scales:
+            b, W = c.bias(b, W), c.weight(W)  # type: ignore[operator]
+        return b
+
+    def _output(self, x: Tensor, y: Tensor) -> Tensor:
+        for c in [*self.adds, *self.scales]:
+            y = c.output(x, y)  # type: ignore[operator]
+        return y
+
+    @property
+    def moves_bias(self) -> bool:
+        return any(c.moves_bias for c in [*self.adds, *self.scales])
 
 
 class LowRank(Change):
@@ -57,7 +105,7 @@ class LowRank(Change):
         up, down = self.factors()
         return W + up @ down
 
-    def bias(self, b: Tensor) -> Tensor:
+    def bias(self, b: Tensor, W: Tensor) -> Tensor:
         return b if self.shift is None else b + self.shift
 
     @property
@@ -85,20 +133,30 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Before:
-    """Run `module(x)` on what enters the module at `path`."""
+    """Run `module(x)` on what enters the module at `path`; its value replaces x.
+
+    With `tap`, `module(x, t)`: t is what enters the module at that path, or what leaves the rows of that site, earlier
+    in the same forward pass.  With `into`, its value is added to that keyword argument instead of replacing x.
+    """
 
     path: str
     module: nn.Module
     name: str
+    tap: str | Site | None = None
+    into: str = ""
 
 
 @dataclass(frozen=True)
 class After:
-    """Run `module(x, y)` on what enters and what leaves the module at `path`; its value replaces y."""
+    """Run `module(x, y)` on what enters and what leaves the module at `path`; its value replaces y.
+
+    With `tap`, x is what enters the module at that path instead, earlier in the same forward pass.
+    """
 
     path: str
     module: nn.Module
     name: str
+    tap: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from .edit import Edit
@@ -55,14 +55,54 @@ def methods() -> dict[str, type[Method]]:
     return dict(sorted(_methods.items()))
 
 
-def method(name: str | Method, **options: Any) -> Method:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Composite(Method):
+    """Several methods on one model at once: increments from the pretrained weights are summed, then rescales multiply.
+
+    `parts` has a label for each: its name, or `lora-2` for the second of one name.  Refused where the order of two
+    changes of one matrix is not defined.
+    """
+
+    parts: dict[str, Method]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "+".join(part.name for part in self.parts.values())
+
+    @property
+    def starts_as_base(self) -> bool:  # type: ignore[override]
+        return all(part.starts_as_base for part in self.parts.values())
+
+    def edits(self, vit: Anatomy) -> Iterator[Edit]:
+        for part in self.parts.values():
+            yield from part.edits(vit)
+
+    def options(self) -> dict[str, Any]:
+        return {label: part.options() for label, part in self.parts.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Composite) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.parts.items()))
+
+
+def method(name: str | Method | Sequence[Any], **options: Any) -> Method:
     """Build a method from its name and options; text, lists and dicts are read as the field's type.
+
+    Several are composed: `method(["lora", method("bitfit")])`, `method("lora+bitfit", lora={"rank": 4})`.
 
     Raises:
         MethodError: an unknown name or option (the nearest known one is named), or a value that does not fit.
     """
+    if isinstance(name, Composite):
+        return method(name.name, **{**name.options(), **options}) if options else name
     if isinstance(name, Method):
         return dataclasses.replace(name, **_read(type(name), options)) if options else name  # type: ignore[type-var]
+    if not isinstance(name, str):
+        return _compose([_one(each) for each in name], options)
+    if "+" in name:
+        return _compose([(each.strip(), {}) for each in name.split("+")], options)
     if name not in _methods:
         raise MethodError(unknown("method", name, _methods))
     cls = _methods[name]
@@ -70,6 +110,33 @@ def method(name: str | Method, **options: Any) -> Method:
         return cls(**_read(cls, options))
     except ValueError as error:
         raise MethodError(f"{name}: {error}") from None
+
+
+def _one(each: Any) -> tuple[str | Method, dict[str, Any]]:
+    if isinstance(each, Mapping):
+        options = dict(each)
+        return options.pop("name", ""), options
+    return each, {}
+
+
+def _compose(named: list[tuple[str | Method, dict[str, Any]]], options: dict[str, Any]) -> Method:
+    parts: dict[str, Method] = {}
+    for name, own in named:
+        text = name if isinstance(name, str) else name.name
+        count = sum(part.name == text for part in parts.values())
+        label = f"{text}-{count + 1}" if count else text
+        more = options.pop(label, {})
+        if not isinstance(more, Mapping):
+            raise MethodError(f"{label} = {more!r}: give the options of {label} as {label}.rank=4")
+        part = method(name, **{**own, **more})
+        if isinstance(part, Composite):
+            raise MethodError(f"{part.name} inside a list of methods: write one flat list")
+        parts[label] = part
+    if options:
+        raise MethodError(unknown("method of the composition", next(iter(options)), parts))
+    if not parts:
+        raise MethodError("an empty list of methods")
+    return Composite(parts) if len(parts) > 1 else next(iter(parts.values()))
 
 
 def _read(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
