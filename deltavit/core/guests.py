@@ -367,6 +367,7 @@ class Parametrized:
 
     def install(self) -> None:
         self.module.train(self.host.training)
+        self.host.__dict__.setdefault("_deltavit_order", list(self.host._parameters))
         # unsafe: the check that it skips runs the change once for nothing, and shapes are checked by the tests
         parametrize.register_parametrization(self.host, self.param, self.module, unsafe=True)
 
@@ -376,6 +377,10 @@ class Parametrized:
         parametrize.remove_parametrizations(self.host, self.param, leave_parametrized=False)
         for module in kept:
             parametrize.register_parametrization(self.host, self.param, module, unsafe=True)
+        if not parametrize.is_parametrized(self.host):  # torch has put the tensors back behind all others
+            values = dict(self.host._parameters)
+            self.host._parameters.clear()
+            self.host._parameters.update({n: values[n] for n in self.host.__dict__.pop("_deltavit_order")})
 
 
 @dataclass
