@@ -88,10 +88,9 @@ def measure(chosen: argparse.Namespace) -> None:
         began = time.monotonic()
         losses = [step.loss for step in deltavit.fit(model, adapter, train, None, training)]
         seconds = time.monotonic() - began
-        head = sum(p.numel() for p in adapter.head_parameters())
         record = {
             "set": name, "method": method, "registered": registered, "options": options, "lr": lr, "head_lr": head_lr,
-            "seed": seed, "final": final, "body": sum(p.numel() for p in adapter.parameters()) - head, "head": head,
+            "seed": seed, "final": final, "body": adapter.trainable_parameters, "head": adapter.head_size,
             "val": deltavit.evaluate(model, val).accuracy,
             "test": deltavit.evaluate(model, split(name, "test")).accuracy if final else None,
             "loss": statistics.mean(losses[-5:]), "seconds": seconds, "model": chosen.model,

@@ -24,6 +24,7 @@ from .guests import (
     Biases,
     Guest,
     Inputs,
+    Noise,
     Outputs,
     Parametrized,
     Part,
@@ -35,7 +36,7 @@ from .guests import (
 )
 from .method import Composite, Method
 from .method import method as build_method
-from .site import Anatomy, Site, anatomy, original
+from .site import Anatomy, Site, anatomy, inside, original
 
 # --- plan ------------------------------------------------------------------------------------------------------------
 
@@ -379,7 +380,8 @@ class Adapter:
             into = edit.into, place_of(host, edit.into)
         module = Around(edit.module, rows, into)
         module.taps = tap is not None
-        return Guest(host, f"_deltavit_{self._number}_{len(self._parts)}_{kind}", module, kind, tap)
+        block = next((i for i, b in enumerate(self.vit.blocks) if inside(edit.path, b)), -1)
+        return Guest(host, f"_deltavit_{self._number}_{len(self._parts)}_{kind}", module, kind, block, tap)
 
     def _chained(self, pieces: list[Piece]) -> Piece:
         """One change for one site: its own, or that of several methods together."""
@@ -418,11 +420,11 @@ class Adapter:
         runs = all(site.called for site, _ in pieces)
         matrices = all(site.kind == "linear" for site, _ in pieces)
         if runs and matrices and whole and len({id(c) for _, c in pieces}) == 1 and pieces[0][1].input is not None:
-            return [Guest(host, key, Inputs(pieces[0][1]), "before")]
+            return [Guest(host, key, Inputs(pieces[0][1]), "before", pieces[0][0].block)]
         # a norm is rewritten by its two vectors, which costs no pass over the activations
         sees = all(site.kind == "linear" or (site.kind == "conv" and _by_rows(change)) for site, change in pieces)
         if runs and sees and all(change.output is not None for _, change in pieces):
-            return [Guest(host, key, Outputs(pieces, len(original(host, param))), "after")]
+            return [Guest(host, key, Outputs(pieces, len(original(host, param))), "after", pieces[0][0].block)]
         for site, change in pieces:
             if getattr(change, "dropout", None):
                 reads = "reads its weight itself" if not site.called else "is rewritten as a weight"
@@ -453,6 +455,34 @@ class Adapter:
     def _must_be(self, *states: str) -> None:
         if self.state not in states:
             raise AdapterError(f"this adapter is {self.state}: attach it again, or load it from its file")
+
+    @contextmanager
+    def noisy(self, sigma: float) -> Iterator[torch.Generator]:
+        """Inside the block, what the adapter adds is noisy in training (PACE, arXiv:2409.17137, Sec. 4).
+
+        The first block is left alone, then sigma falls in equal steps, from `sigma` in block 1 to sigma / (L-1) in the
+        last.  Yields the generator that the noise is drawn from.
+
+        Raises:
+            MethodError: part of the change is not something added to activations.
+        """
+        self._must_be("attached")
+        parts = [p for p in self._parts if not (isinstance(p, Shadow) and p.value is self.head)]
+        guests = [p for p in parts if isinstance(p, Guest) and (p.kind == "after" or isinstance(p.module, Inputs))]
+        if len(guests) < len(parts) or not guests:
+            raise MethodError(
+                f"PACE needs a change that adds to activations, which {self.method.name} on {self.vit.name} is not"
+            )
+        last = len(self.vit.blocks) - 1
+        source = torch.Generator(next(self.model.parameters()).device)
+        for guest in guests:
+            if guest.block > 0:
+                guest.module.noise = Noise(sigma * (last + 1 - guest.block) / last, source)
+        try:
+            yield source
+        finally:
+            for guest in guests:
+                guest.module.noise = None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -72,7 +72,7 @@ class Biases(Weights):
 class Inputs(nn.Module):
     """The activation face of a change of what a layer reads: a forward pre-hook."""
 
-    noise: float = 0.0
+    noise: Noise | None = None
 
     def __init__(self, change: Change):
         super().__init__()
@@ -81,7 +81,7 @@ class Inputs(nn.Module):
     def before(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0]
         new = self.change.input(x)  # type: ignore[misc]
-        return (noisy(x, new, self.noise) if self.noise and self.training else new, *args[1:]), kwargs
+        return (self.noise(x, new) if self.noise and self.training else new, *args[1:]), kwargs
 
 
 class Outputs(nn.Module):
@@ -91,7 +91,7 @@ class Outputs(nn.Module):
     have their `up` in one product.
     """
 
-    noise: float = 0.0
+    noise: Noise | None = None
 
     def __init__(self, pieces: Sequence[Piece], out: int):
         super().__init__()
@@ -104,7 +104,7 @@ class Outputs(nn.Module):
         x: Tensor = args[0]
         changes: list[Any] = list(self.changes)
         if self.noise and self.training:
-            return noisy(y, self._one_by_one(host, x, y), self.noise)
+            return self.noise(y, self._one_by_one(host, x, y))
         if not all(isinstance(c, LowRank) and not (c.dropout and c.training) for c in changes):
             if self.channels_first:
                 return self._one_by_one(host, x, y.movedim(1, -1)).movedim(-1, 1)
@@ -169,10 +169,21 @@ def in_rows(pieces: list[tuple[tuple[int, int], Tensor]], out: int) -> Tensor:
     return torch.cat([*parts, pieces[-1][1].new_zeros(out - at, *pieces[-1][1].shape[1:])])
 
 
-def noisy(old: Tensor, new: Tensor, sigma: float) -> Tensor:
-    """old + z (new - old), with z ~ N(1, sigma^2) for each picture and channel (PACE, Eq. 6)."""
-    z = 1 + sigma * torch.randn(len(old), *[1] * (old.ndim - 2), old.shape[-1], dtype=old.dtype, device=old.device)
-    return old + z * (new - old)
+@dataclass
+class Noise:
+    """Multiplicative noise on what a guest adds: z ~ N(1, sigma^2) for each picture and channel.
+
+    Xiao et al. 2024, "PACE", arXiv:2409.17137.  It draws from a source of its own, so that two noisy passes can share
+    all else that is random.
+    """
+
+    sigma: float
+    source: torch.Generator
+
+    def __call__(self, old: Tensor, new: Tensor) -> Tensor:
+        size = (len(old), *[1] * (old.ndim - 2), old.shape[-1])
+        z = torch.randn(size, dtype=old.dtype, device=old.device, generator=self.source)
+        return old + (1 + self.sigma * z) * (new - old)
 
 
 def add_thin(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -229,7 +240,7 @@ class FrozenPlusThin(torch.autograd.Function):
 class Around(nn.Module):
     """A module that runs before or after its host, and may be given what was tapped earlier in the same pass."""
 
-    noise: float = 0.0
+    noise: Noise | None = None
 
     def __init__(self, module: nn.Module, rows: tuple[int, int] | None = None, into: tuple[str, int] | None = None):
         super().__init__()
@@ -268,7 +279,7 @@ class Around(nn.Module):
         x = self._tapped()[0] if self.taps else _first(args, kwargs)
         new = self.module(x, old)
         if self.noise and self.training:
-            new = noisy(old, new, self.noise)
+            new = self.noise(old, new)
         return (new, *y[1:]) if isinstance(y, tuple) else new
 
 
@@ -327,6 +338,8 @@ class Guest:
     key: str
     module: Inputs | Outputs | Around
     kind: str
+    block: int
+    """-1: outside the blocks."""
     tap: nn.Module | None = None
     handles: list[Any] = field(default_factory=list)
 

@@ -113,6 +113,8 @@ def method(name: str | Method | Sequence[Any], **options: Any) -> Method:
 
 
 def _one(each: Any) -> tuple[str | Method, dict[str, Any]]:
+    if not isinstance(each, (str, Method, Mapping)) or isinstance(each, Composite):
+        raise MethodError(f"{each!r:.60} in a list of methods: write one flat list of names, methods and tables")
     if isinstance(each, Mapping):
         options = dict(each)
         return options.pop("name", ""), options
@@ -128,10 +130,7 @@ def _compose(named: list[tuple[str | Method, dict[str, Any]]], options: dict[str
         more = options.pop(label, {})
         if not isinstance(more, Mapping):
             raise MethodError(f"{label} = {more!r}: give the options of {label} as {label}.rank=4")
-        part = method(name, **{**own, **more})
-        if isinstance(part, Composite):
-            raise MethodError(f"{part.name} inside a list of methods: write one flat list")
-        parts[label] = part
+        parts[label] = method(name, **{**own, **more})
     if options:
         raise MethodError(unknown("method of the composition", next(iter(options)), parts))
     if not parts:

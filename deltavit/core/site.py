@@ -206,7 +206,7 @@ class Anatomy:
 
     def biases(self) -> list[str]:
         """Names of all bias vectors of the backbone, norms and patch embedding included."""
-        return [n for n in self.tensors() if n.rsplit(".", 1)[-1] in ("bias", "q_bias", "k_bias", "v_bias")]
+        return [n for n in self.tensors() if n.endswith("bias")]
 
 
 def original(host: Any, name: str) -> nn.Parameter:

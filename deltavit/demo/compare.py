@@ -87,15 +87,13 @@ class Bench:
         """Train one method, then read `on` once: accuracy, parameters of the body, of the head."""
         chosen = method(name, **METHODS[name].get("options", {}))
         adapter = attach(self.model, chosen, classes=self.data.classes, seed=seed)
-        head = sum(p.numel() for p in adapter.head_parameters())
-        body = sum(p.numel() for p in adapter.parameters()) - head
         head_rate = lr if name == "linear" else HEAD_RATE
         training = Training(epochs=self.epochs, batch_size=BATCH, lr=lr, head_lr=head_rate, seed=seed)
         for _ in fit(self.model, adapter, self.train, None, training):
             pass
         accuracy = evaluate(self.model, on).accuracy
         adapter.detach()
-        return accuracy, body, head
+        return accuracy, adapter.trainable_parameters, adapter.head_size
 
 
 def compare(folder: Path, seeds: int = SEEDS, epochs: int = EPOCHS) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -49,6 +49,10 @@ class Training:
     mixup: float = 0.0
     """Alpha of mixup's Beta distribution; 0 is off."""
     augment: Literal["none", "flip", "light"] = "none"
+    pace: float = 0.0
+    """Weight of PACE's consistency between two noisy passes (arXiv:2409.17137); 0 is off, the paper takes about 1."""
+    pace_noise: float = 1.0
+    """Standard deviation of that noise in the second block; it falls to 1/(L-1) of it in the last."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
 
@@ -56,7 +60,7 @@ class Training:
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "warmup", "label_smoothing", "mixup", "momentum"):
+        for name in ("lr", "weight_decay", "warmup", "label_smoothing", "mixup", "momentum", "pace", "pace_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise TrainingError(f"train.{name} must be zero or more, got {getattr(self, name)}")
         if self.clip is not None and not 0 < self.clip < math.inf:
@@ -149,6 +153,8 @@ def fit(
             checkpoints.save(done, pack(_state(trained, optimizer, slots)), {**identity, "slots": slots})
             saved, clock = done, time.monotonic()
 
+    noisy = ExitStack()
+    noise = noisy.enter_context(adapter.noisy(training.pace_noise)) if training.pace else None
     try:
         while done < steps:
             epoch, start = divmod(done, per_epoch)
@@ -161,7 +167,9 @@ def fit(
                     train.ahead(following[1].tolist())
                 lr = _learning_rate(optimizer, training, done, steps)
                 model.train()
-                loss = _step(model, train, optimizer, trained, training, (done, epoch, steps), mine, everyone, device)
+                loss = _step(
+                    model, train, optimizer, trained, training, (done, epoch, steps), mine, everyone, device, noise
+                )
                 done += 1
                 accuracy = None
                 if done % per_epoch == 0:
@@ -175,6 +183,7 @@ def fit(
         save()
         raise
     finally:
+        noisy.close()
         model.eval()
 
 
@@ -188,6 +197,7 @@ def _step(
     mine: Any,
     everyone: Any,
     device: torch.device,
+    noise: torch.Generator | None,
 ) -> float:
     done, epoch, steps = position
     partner, share = _mixup(training, done, len(everyone))
@@ -205,10 +215,17 @@ def _step(
             weight = torch.where((labels >= 0) & (others >= 0), share, 1.0)
             x = torch.lerp(other, x, weight[:, None, None, None])
             targets = [(labels, weight), (others, 1 - weight)]
-        with _drawing(device, _draw(training.seed, done, ddp.rank(), part)), autocast(device, training.precision):
-            logits = model(x).float()
+        views = []
+        for view in range(1 if noise is None else 2):  # dropout and stochastic depth are the same in both
+            if noise is not None:
+                noise.manual_seed(_draw(training.seed, done, ddp.rank(), part, view))
+            with _drawing(device, _draw(training.seed, done, ddp.rank(), part)), autocast(device, training.precision):
+                views.append(model(x).float())
+        logits = views[0]
         losses = [share * _cross_entropy(logits, labels, training.label_smoothing) for labels, share in targets]
         loss = torch.stack(losses).sum() / len(everyone)
+        if noise is not None:
+            loss = loss + training.pace * (views[0] - views[1]).square().sum() / len(everyone)
         loss.backward()  # type: ignore[no-untyped-call]
         whole += loss.detach()
     ddp.sum_gradients(list(trained.values()))

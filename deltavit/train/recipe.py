@@ -45,13 +45,22 @@ class DataSection(Section):
 
 
 class Recipe(Section):
-    """`[model]`, `[method]`, `[data]`, `[train]`; `[method]` has `name` and the options of that method."""
+    """`[model]`, `[method]`, `[data]`, `[train]`; `[method]` has `name` and the options of that method.
+
+    Several methods at once: `method = ["lora", {name = "bitfit", which = "linear"}]`, or `name = "lora+bitfit"` in
+    `[method]` and the options of each under its name, `lora.rank = 4`.
+    """
 
     model: ModelSection = ModelSection()
     method: dict[str, Any] = {"name": "lora"}
     data: DataSection = DataSection()
     train: Training = Training()
     device: str = "auto"
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return _section(value) if isinstance(value, (list, str)) else value
 
     @field_validator("train", mode="before")
     @classmethod
@@ -121,7 +130,15 @@ def read_recipe(path: str | Path | None = None, changes: Sequence[str] = (), **s
     return recipe
 
 
+def _section(value: Any) -> dict[str, Any]:
+    """`[method]` as a table, however it was written."""
+    made = build_method(value)
+    return {"name": made.name, **made.options()}
+
+
 def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    if keys[0] == "method" and isinstance(data.get("method"), (list, str)):
+        data["method"] = _section(data["method"])
     if keys == ["method", "name"] and isinstance(old := data.get("method", {}), dict) and old.get("name") != value:
         data["method"] = {}  # options belong to the method that they were written for
     for key in keys[:-1]:

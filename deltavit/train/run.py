@@ -108,8 +108,8 @@ def _run(
     vit = anatomy(model)
     adapter = attach(model, recipe.build_method(), classes=data.classes, seed=recipe.train.seed)
     model.to(device)
-    body, head = sum(p.numel() for p in adapter.parameters()), sum(p.numel() for p in adapter.head_parameters())
-    say(f"{adapter.method.name} on {vit.name}, {device}: {body - head:,} trainable parameters and a head of {head:,}")
+    body, head = adapter.trainable_parameters, adapter.head_size
+    say(f"{adapter.method.name} on {vit.name}, {device}: {body:,} trainable parameters and a head of {head:,}")
     train = Images(
         data.train, vit.preprocessing, broken=recipe.data.broken, ceiling=recipe.data.ceiling,
         workers=recipe.data.workers,
@@ -119,19 +119,21 @@ def _run(
         write_bytes(toml, recipe.toml().encode())
     checkpoints = Checkpoints(out)
     loss, seconds = _keep(metrics_file, checkpoints) if main else (None, 0.0)
+    accuracy = None
     with (
         metrics_file.open("a", encoding="utf-8") if main else open(os.devnull, "w") as log,
         closing(fit(model, adapter, train, val, recipe.train, checkpoints=checkpoints)) as steps,
     ):
         for step in steps:
-            loss = step.loss
+            loss, accuracy = step.loss, step.accuracy
             row = {k: v for k, v in vars(step).items() if v is not None}
             log.write(json.dumps({**row, "seconds": round(step.seconds + seconds, 3)}) + "\n")
             log.flush()
             yield step
     for line in [*checkpoints.notes, *(f"skipped: {b}" for b in train.broken)]:
         say(line)
-    validated = evaluate(model, val, precision=recipe.train.precision)
+    if accuracy is None:  # a run that had done its last step before it was resumed
+        accuracy = evaluate(model, val, precision=recipe.train.precision).accuracy
     tested = None
     if test and data.test is not None:
         tested = evaluate(
@@ -142,10 +144,10 @@ def _run(
         "test_accuracy": None if tested is None else tested.accuracy,
         "test_class_accuracy": None if tested is None else tested.class_accuracy,
         "test_missed": None if tested is None else tested.missed,
-        "val_accuracy": validated.accuracy,
+        "val_accuracy": accuracy,
         "method": adapter.method.name,
         "model": vit.name,
-        "trainable_parameters": body - head,
+        "trainable_parameters": body,
         "head_parameters": head,
         "seed": recipe.train.seed,
         "epochs": recipe.train.epochs,
