@@ -22,7 +22,7 @@ from torch import nn
 
 import deltavit
 from deltavit.core import contract
-from deltavit.core.edit import Own, Rewrite
+from deltavit.core.edit import After, Before, Own, Rewrite
 from deltavit.core.method import Method
 from deltavit.core.site import Anatomy, Where
 from deltavit.models import skeleton
@@ -51,6 +51,10 @@ def merges(kind: type[Method]) -> str:
     return "yes" if deltavit.plan(model(MODELS["ViT-B/16"]), kind()).mergeable else "no"
 
 
+def mixes(kind: type[Method]) -> str:
+    return "yes" if deltavit.plan(model(MODELS["ViT-B/16"]), kind()).mixed_batch else "no"
+
+
 def paper(kind: type[Method]) -> str:
     number = kind.paper.removeprefix("arXiv:")
     return f"[{kind.paper}](https://arxiv.org/abs/{number})" if number != kind.paper else kind.paper
@@ -71,10 +75,10 @@ def source(kind: type[Method]) -> str:
 
 def table(link: str) -> str:
     """All methods; `link` is where a name leads, with {name} and {source}."""
-    rows = ["| method | what | parameters, ViT-B/16 body | merges | paper |", "|---|---|---:|---|---|"]
+    rows = ["| method | what | parameters, ViT-B/16 body | merges | mixed batch | paper |", "|---|---|---:|---|---|---|"]
     rows += [
         f"| [`{name}`]({link.format(name=name, source=source(kind))}) | {what(kind)} "
-        f"| {count(kind, 'ViT-B/16')} | {merges(kind)} | {paper(kind)} |"
+        f"| {count(kind, 'ViT-B/16')} | {merges(kind)} | {mixes(kind)} | {paper(kind)} |"
         for name, kind in deltavit.methods().items()
     ]
     return "\n".join(rows)
@@ -97,7 +101,7 @@ def renewed(file: str, text: str) -> str:
 
 # --- one page for each method ----------------------------------------------------------------------------------------
 
-WEIGHT, BIAS = "weight", "bias"
+WEIGHT, BIAS, NEW = "weight", "bias", "new module"
 
 
 def parts(method: Method, vit: Anatomy, made: deltavit.Plan) -> dict[str, dict[str, set[int]]]:
@@ -105,15 +109,27 @@ def parts(method: Method, vit: Anatomy, made: deltavit.Plan) -> dict[str, dict[s
     found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for edit in made:
         if isinstance(edit, Rewrite):
-            found[edit.site.role][WEIGHT].add(edit.site.block)
+            part = _norm(edit.site.path, vit) if edit.site.kind == "norm" else edit.site.role
+            found[part][WEIGHT].add(edit.site.block)
             if edit.change.moves_bias:
-                found[edit.site.role][BIAS].add(edit.site.block)
+                found[part][BIAS].add(edit.site.block)
         elif isinstance(edit, Own):
             for part, block in owners(edit.name, vit):
                 found[part][BIAS if edit.name.rsplit(".", 1)[-1].endswith("bias") else WEIGHT].add(block)
-        else:
-            found[_module(edit.path, vit)][type(edit).__name__.lower()].add(_block(edit.path, vit))
+        elif any(True for _ in edit.module.parameters()):  # one without takes tokens out again
+            found[_place(edit, vit)][NEW].add(_block(edit.path, vit))
     return found
+
+
+def _place(edit: Before | After, vit: Anatomy) -> str:
+    """Where a new module is, by the name of its box in the drawing."""
+    if isinstance(edit, Before) and edit.into:
+        return "scores"
+    if edit.path in vit.blocks:
+        return "tokens" if isinstance(edit, Before) else "new block"
+    if edit.path in vit.attn:
+        return "attention branch"
+    return "MLP branch" if edit.path in vit.mlp else "values"
 
 
 def owners(name: str, vit: Anatomy) -> list[tuple[str, int]]:
@@ -137,16 +153,6 @@ def _norm(path: str, vit: Anatomy) -> str:
 
 def _block(path: str, vit: Anatomy) -> int:
     return next((i for i, b in enumerate(vit.blocks) if path == b or path.startswith(b + ".")), -1)
-
-
-def _module(path: str, vit: Anatomy) -> str:
-    if path in vit.norms:
-        return _norm(path, vit)
-    for linears in vit.linears:
-        for site in linears.values():
-            if site.path == path:
-                return site.role
-    return "attention" if path in vit.attn else "act" if path in vit.mlp else "tokens"
 
 
 def blocks(numbers: set[int], depth: int) -> str:
@@ -183,6 +189,13 @@ BOXES = [  # part, x, y, width, label
     ("final norm", 664, 52, 42, "norm"),
     ("head", 720, 52, 42, "head"),
 ]
+ADDED = [  # drawn only where a method puts a module there
+    ("scores", 250, 22, 70, "new: scores"),
+    ("values", 250, 94, 70, "new: values"),
+    ("attention branch", 366, 94, 36, "new"),
+    ("MLP branch", 614, 94, 36, "new"),
+    ("new block", 640, 22, 66, "new block"),
+]
 
 
 def drawing(found: dict[str, dict[str, set[int]]], depth: int) -> str:
@@ -198,7 +211,7 @@ def drawing(found: dict[str, dict[str, set[int]]], depth: int) -> str:
         '<circle cx="632" cy="66" r="6"/><path d="M632 62V70 M628 66H636"/>',
         '<path class="skip" d="M134 66V-2H384V60 M394 66V2H632V60"/>',
     ]
-    for part, x, y, width, label in BOXES:
+    for part, x, y, width, label in [*BOXES, *(box for box in ADDED if box[0] in found)]:
         touched = found.get(part, {})
         only_bias = set(touched) == {BIAS}
         kind = "head" if part == "head" else "trained" if touched and not only_bias else "plain"
@@ -240,11 +253,11 @@ def page(name: str, kind: type[Method]) -> str:
     ]
     out = [
         f"# {kind.title.partition(': ')[0]}",
-        f"`{name}` · {what(kind)} · paper: {paper(kind)} · merges: {merges(kind)}",
+        f"`{name}` · {what(kind)} · paper: {paper(kind)} · merges: {merges(kind)} · mixed batch: {mixes(kind)}",
         formulas(text),
         "## Where it acts",
         drawing(found, depth),
-        "Filled: trained, or rewritten by a trained change. A strip at the bottom: only the bias. "
+        "Filled: trained, rewritten by a trained change, or a new module. A strip at the bottom: only the bias. "
         "The head (dashed) trains with every method and is counted apart.",
     ]
     if rows:
@@ -271,7 +284,7 @@ def page(name: str, kind: type[Method]) -> str:
 
 
 def _order(part: str) -> int:
-    names = [box[0] for box in BOXES]
+    names = [box[0] for box in [*BOXES, *ADDED]]
     return names.index(part) if part in names else len(names)
 
 

@@ -30,7 +30,9 @@ def methods(
     image_size: o.Size = None,
     json: o.Json = False,
 ) -> None:
-    """All methods with their defaults: what would train on a model, whether it merges, the paper.
+    """All methods with their defaults: what would train on a model, whether it merges and mixes, the paper.
+
+    A method mixes if each picture of a batch could have an adapter of its own.
 
     deltavit methods --model vit_base_patch16_224 --classes 100
     """
@@ -46,6 +48,7 @@ def methods(
                 "head_parameters": made.head_parameters,
                 "share": made.trainable_parameters / whole,
                 "mergeable": made.mergeable,
+                "mixed_batch": made.mixed_batch,
             }
         except MethodError as error:
             row["refused"] = str(error)
@@ -54,11 +57,11 @@ def methods(
     def shown() -> None:
         table(
             f"{model}, {whole:,} parameters without its head, {classes} classes",
-            ("method", "trains (body)", "head", "share", "merges", "paper", "what"),
+            ("method", "trains (body)", "head", "share", "merges", "mixes", "paper", "what"),
             [
                 (r["name"], r["trainable_parameters"], r["head_parameters"], f"{100 * r['share']:.3g} %",
-                 "yes" if r["mergeable"] else "no", r["paper"], r["title"])
-                if "refused" not in r else (r["name"], "-", "-", "-", "-", r["paper"], f"refused: {r['refused']}")
+                 "yes" if r["mergeable"] else "no", "yes" if r["mixed_batch"] else "no", r["paper"], r["title"])
+                if "refused" not in r else (r["name"], "-", "-", "-", "-", "-", r["paper"], f"refused: {r['refused']}")
                 for r in rows
             ],
             right=(1, 2, 3),
@@ -91,6 +94,7 @@ def plan(
         "trainable_parameters": made.trainable_parameters,
         "head_parameters": made.head_parameters,
         "mergeable": made.mergeable,
+        "mixed_batch": made.mixed_batch,
         "sites": made.sites,
     }
     result(values, json, lambda: print(f"{made}\nhead: {made.head_parameters:,} parameters, merges: {made.mergeable}"))

@@ -65,6 +65,16 @@ class Plan(tuple[Edit, ...]):
         return all(isinstance(edit, (Rewrite, Own)) for edit in self)
 
     @property
+    def mixed_batch(self) -> bool:
+        """Whether each picture of a batch could have an adapter of its own: all of it acts on activations."""
+        return all(
+            edit.site.called and (edit.change.output is not None or edit.change.input is not None)
+            if isinstance(edit, Rewrite)
+            else isinstance(edit, (Before, After))
+            for edit in self
+        )
+
+    @property
     def sites(self) -> list[str]:
         """Where the method acts: site names, tensor names or module paths."""
         return [e.site.name if isinstance(e, Rewrite) else e.name if isinstance(e, Own) else e.path for e in self]

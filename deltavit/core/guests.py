@@ -69,7 +69,14 @@ class Biases(Weights):
         return change.bias(old, as_matrix(current(host, param)[a:b].to(old.dtype)))  # type: ignore[no-any-return]
 
 
-class Inputs(nn.Module):
+class Silent(nn.Module):
+    """A child that is no step of its host: an nn.Sequential, which calls its children in turn, passes through it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Inputs(Silent):
     """The activation face of a change of what a layer reads: a forward pre-hook."""
 
     noise: Noise | None = None
@@ -84,7 +91,7 @@ class Inputs(nn.Module):
         return (self.noise(x, new) if self.noise and self.training else new, *args[1:]), kwargs
 
 
-class Outputs(nn.Module):
+class Outputs(Silent):
     """The activation face of changes of what one layer puts out: a forward hook.
 
     Low-rank changes of one layer are gathered: each distinct `down` is applied once, and neighbours that share one
@@ -237,7 +244,7 @@ class FrozenPlusThin(torch.autograd.Function):
         return gx, None, None, g_down, None, None, *g_ups
 
 
-class Around(nn.Module):
+class Around(Silent):
     """A module that runs before or after its host, and may be given what was tapped earlier in the same pass."""
 
     noise: Noise | None = None
@@ -287,7 +294,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))  # type: ignore[no-any-return]
 
 
-class Shadows(nn.Module):
+class Shadows(Silent):
     """What adapters have shadowed in one host, bottom first; registered, so that it follows `.to` and `deepcopy`."""
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..core.edit import Edit, Own
 from ..core.method import Method, register
-from ..core.site import Anatomy, Where
+from ..core.site import Anatomy, Where, inside
 
 
 @register("full")
@@ -57,7 +57,8 @@ class BitFit(Method):
     which: Literal["all", "linear"] = "all"
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
-        linear = {f"{site.path}.{site.bias}" for linears in vit.linears for site in linears.values()}
+        shifts = (site.shift for linears in vit.linears for site in linears.values())
+        linear = {f"{shift[0]}.{shift[1]}" for shift in shifts if shift}
         for name in vit.biases():
             if self.which == "all" or name in linear:
                 yield Own(name)
@@ -70,17 +71,18 @@ class LayerNorm(Method):
 
     `which="all"`: all norms, 38,400 numbers on ViT-B/16 (25 norms; CLIP's towers have a 26th, 39,936).
     `which="final"`: the last one only, 1,536, which is what the Kronecker paper's published count (131,497 with head)
-    decodes to.
+    decodes to.  `which="outer"`: those outside the blocks, 3,072 on a CLIP tower, that table's other count.
 
     Compared in He et al. 2022, arXiv:2203.16329, Table 2.
     """
 
     paper = "arXiv:2203.16329"
-    which: Literal["all", "final"] = "all"
+    which: Literal["all", "final", "outer"] = "all"
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
         tensors = vit.tensors()
-        for path in vit.norms if self.which == "all" else vit.norms[-1:]:
+        outer = [path for path in vit.norms if not any(inside(path, block) for block in vit.blocks)]
+        for path in {"all": vit.norms, "final": vit.norms[-1:], "outer": outer}[self.which]:
             yield from (Own(f"{path}.{p}") for p in ("weight", "bias") if f"{path}.{p}" in tensors)
 
 
@@ -100,5 +102,7 @@ class Attention(Method):
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
         tensors = vit.tensors()
-        names = dict.fromkeys(n for s in vit.sites(self.where) for n in (s.tensor, f"{s.path}.{s.bias}"))
-        yield from (Own(name) for name in names if name in tensors)
+        names = []
+        for site in vit.sites(self.where):
+            names += [site.tensor, *([f"{site.shift[0]}.{site.shift[1]}"] if site.shift else [])]
+        yield from (Own(name) for name in dict.fromkeys(names) if name in tensors)
