@@ -2,7 +2,8 @@
 
 Jie and Deng 2023, "FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer", arXiv:2212.03145.
 The tensor has one slice [D, D] for each of q, k, v and o, and four each for fc1 (its output columns) and fc2 (its
-input rows), in every block: 12 L slices.  Letters: D width, L blocks, r rank.
+input rows), in every block: 12 L slices.  Letters: D width, L blocks, r rank.  Where a model has several widths, as
+Swin has, there is one such tensor for the blocks of each.
 """
 
 from __future__ import annotations
@@ -117,8 +118,13 @@ class _FacT(Method):
     def __post_init__(self) -> None:
         positive("rank", self.rank)
 
-    def shared(self, vit: Anatomy) -> tuple[nn.Parameter, nn.Parameter]:
-        return linear_init(self.rank, vit.width), nn.Parameter(torch.zeros(vit.width, self.rank))
+    def by_width(self, vit: Anatomy) -> Iterator[tuple[nn.Parameter, nn.Parameter, list[Site]]]:
+        """U, V and the sites that share them: all of them, or those of one width where the model has several."""
+        groups: dict[int, list[Site]] = {}
+        for site in vit.sites(self.where):
+            groups.setdefault(vit.width if site.block < 0 else vit.widths[site.block], []).append(site)
+        for width, sites in groups.items():
+            yield linear_init(self.rank, width), nn.Parameter(torch.zeros(width, self.rank)), sites
 
 
 @register("fact-tt")
@@ -140,9 +146,9 @@ class FacTTT(_FacT):
     """
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
-        u, v = self.shared(vit)
-        for site in vit.sites(self.where):
-            yield Rewrite(site, TensorTrain(u, v, site, self.scale, self.dropout))
+        for u, v, sites in self.by_width(vit):
+            for site in sites:
+                yield Rewrite(site, TensorTrain(u, v, site, self.scale, self.dropout))
 
 
 @register("fact-tk")
@@ -163,14 +169,13 @@ class FacTTK(_FacT):
     """
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
-        u, v = self.shared(vit)
-        sites = vit.sites(self.where)
-        counts = [max(site.shape) // vit.width for site in sites]
-        core, positions = torch.empty(self.rank, self.rank, self.rank), torch.empty(sum(counts), self.rank)
-        nn.init.xavier_uniform_(core)
-        nn.init.xavier_uniform_(positions)
-        core, positions = nn.Parameter(core), nn.Parameter(positions)
-        at = 0
-        for site, count in zip(sites, counts, strict=True):
-            yield Rewrite(site, Tucker(u, v, site, self.scale, self.dropout, core, positions, at))
-            at += count
+        for u, v, sites in self.by_width(vit):
+            counts = [max(site.shape) // u.shape[1] for site in sites]
+            core, positions = torch.empty(self.rank, self.rank, self.rank), torch.empty(sum(counts), self.rank)
+            nn.init.xavier_uniform_(core)
+            nn.init.xavier_uniform_(positions)
+            core, positions = nn.Parameter(core), nn.Parameter(positions)
+            at = 0
+            for site, count in zip(sites, counts, strict=True):
+                yield Rewrite(site, Tucker(u, v, site, self.scale, self.dropout, core, positions, at))
+                at += count

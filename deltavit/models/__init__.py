@@ -2,7 +2,8 @@
 
 from . import timm as _timm
 from . import tiny as _tiny
+from . import torchvision as _torchvision
 from .load import load_model, skeleton
 
 __all__ = ["load_model", "skeleton"]
-_ = (_timm, _tiny)
+_ = (_timm, _tiny, _torchvision)

@@ -2,70 +2,132 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-import logging
 import sys
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core.errors import ModelError, unknown
 from ..core.site import anatomy
+from . import huggingface, openclip
 from .tiny import TinyViT
+from .weights import fetch, fill, first_line, read
 
 OWN = ("tiny", "vit_pico")
 """Models that come with the package: `tiny` has random weights (the same each time), `vit_pico` ones from CIFAR-100."""
+LIBRARIES = {"hf": "huggingface", "open_clip": "openclip", "torchvision": "torchvision"}
+"""What stands before the colon of a name, and the module here whose `build` makes the model; no colon is timm."""
 
 
 def load_model(
-    name: str,
+    model: str | nn.Module,
     weights: str | Path | None = None,
     *,
     image_size: int | None = None,
     resize: str = "squash",
+    normalize: bool = False,
 ) -> nn.Module:
     """A frozen Vision Transformer in eval mode, its anatomy and fingerprint taken.
 
     Args:
-        name: a timm name (`vit_base_patch16_224.augreg_in21k`), `vit_pico` (in the package) or `tiny`.
+        model: a timm name (`vit_base_patch16_224.augreg_in21k`), `vit_pico` (in the package) or `tiny`; a name of
+            another library (`hf:google/vit-base-patch16-224-in21k`, `open_clip:ViT-B-32/laion2b_s34b_b79k`,
+            `torchvision:vit_b_16`); or a model of one of these libraries. Of a model with a text tower only the image
+            tower is kept, with its projection. One of timm, torchvision or ours is returned as it is.
         weights: a local .safetensors file; None fetches the pretrained ones from the hub; "random" draws them,
             the same ones each time.
         image_size: side of the input in pixels where it differs from the model's own; position embeddings are
             interpolated.
         resize: "squash" brings both sides to `image_size`; "crop" keeps the aspect and takes the centre.
+        normalize: bring the features of a transformers or open_clip model to length 1 before the head, as CLIP and
+            SigLIP do; `text_head` needs it.
 
     Raises:
         ModelError: an unknown name, not a Vision Transformer we know, weights that are missing or do not fit.
     """
     if resize not in ("squash", "crop"):
         raise ModelError(f"resize = {resize!r} is not 'squash' or 'crop'")
-    anatomy(skeleton(name, image_size))  # refuses what is no Vision Transformer before anything is fetched or drawn
-    random = weights == "random" or (name == "tiny" and weights is None)
-    state, classes = ({}, None) if random else _state(name, weights)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # random weights are the same each time, and the caller's state is kept
-        model = _build(name, image_size, classes)
-    if state:
-        _fill(model, name, state, weights)
-    model.eval().requires_grad_(False)
-    vit = anatomy(model)
-    vit.name = name
-    vit.options = {} if image_size is None else {"image_size": image_size}
+    asked: dict[str, Any] = {"image_size": image_size, "normalize": normalize or None}
+    options = {option: value for option, value in asked.items() if value is not None}
+    if isinstance(model, nn.Module):
+        found = _adopt(model, weights, options)
+        if found is model:
+            return found
+    else:
+        found = _load(model, weights, options)
+    found.eval().requires_grad_(False)
+    vit = anatomy(found)
+    vit.name = model if isinstance(model, str) else vit.name
+    vit.options = options
     vit.preprocessing = replace(vit.preprocessing, resize=resize)
-    return model
+    return found
 
 
 def skeleton(name: str, image_size: int | None = None) -> nn.Module:
-    """The model without weights, on the meta device: enough for `plan`, in a moment and without a network."""
+    """The model without weights, on the meta device: enough for `plan`, in a moment and without a network.
+
+    A transformers model needs its configuration, from a local folder, the cache or else the hub.
+    """
+    library, name_there = _library(name)
     with torch.device("meta"):
-        model = _build(name, image_size, None)
+        if library:
+            model = library.build(name_there, "random", **({} if image_size is None else {"image_size": image_size}))
+        else:
+            model = _build(name, image_size, None)
     anatomy(model).name = name
+    return model  # type: ignore[no-any-return]
+
+
+def _library(name: str) -> tuple[Any, str]:
+    prefix, colon, name_there = name.partition(":")
+    if not colon:
+        return None, name
+    if prefix not in LIBRARIES:
+        raise ModelError(unknown("library", prefix, LIBRARIES))
+    return importlib.import_module(f".{LIBRARIES[prefix]}", __package__), name_there
+
+
+def _adopt(model: nn.Module, weights: str | Path | None, options: dict[str, Any]) -> nn.Module:
+    """A model that the user has built, wrapped where its library needs it."""
+    kind = type(model).__name__
+    if weights is not None:
+        raise ModelError(f"weights={weights} is for a model by name; {kind} has its own")
+    found = huggingface.wrap(model, **options) if huggingface.owns(model) else None
+    if openclip.owns(model):
+        if "image_size" in options:
+            raise ModelError(f"build {kind} at {options['image_size']} pixels yourself: open_clip moves no positions")
+        found = openclip.wrap(model, **options)
+    if found is None and options:
+        raise ModelError(f"{kind} is returned as it is, so {', '.join(options)} cannot be set")
+    if found is None:
+        anatomy(model)
+    return found or model
+
+
+def _load(name: str, weights: str | Path | None, options: dict[str, Any]) -> nn.Module:
+    library, name_there = _library(name)
+    image_size = options.get("image_size")
+    if "normalize" in options and name.partition(":")[0] not in ("hf", "open_clip"):
+        raise ModelError(f"normalize=True is for the image towers of hf: and open_clip: models, not {name}")
+    state: dict[str, Tensor] = {}
+    if not library:
+        anatomy(skeleton(name, image_size))  # refuses what we do not know before anything is fetched or drawn
+        if not (weights == "random" or (name == "tiny" and weights is None)):
+            state = read(_path(name) if weights is None else weights)
+    head = state.get("head.weight", state.get("head.fc.weight"))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # random weights are the same each time, and the caller's state is kept
+        if library:
+            return library.build(name_there, weights, **options)  # type: ignore[no-any-return]
+        model = _build(name, image_size, None if head is None else len(head))
+    if state:
+        _fill(model, name, state, "the package" if weights is None else Path(weights).name)
     return model
 
 
@@ -87,7 +149,7 @@ def _build(name: str, image_size: int | None, classes: int | None) -> nn.Module:
             }  # fmt: skip
             return model  # type: ignore[no-any-return]
         if not timm.is_model(name):
-            known = [*OWN, *timm.list_models("*vit*"), *timm.list_models("*eva*")]
+            known = [*OWN, *timm.list_models("*vit*"), *timm.list_models("*eva*"), *timm.list_models("*swin*")]
             raise ModelError(unknown("model", name, known).partition("  known:")[0] + "  see timm.list_models()")
         return timm.create_model(name, pretrained=False, **options)  # type: ignore[no-any-return]
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
@@ -105,67 +167,23 @@ def _timm() -> Any:
     return timm
 
 
-def _state(name: str, weights: str | Path | None) -> tuple[dict[str, Tensor], int | None]:
-    """The checkpoint's tensors, and the number of classes its head has."""
-    if name == "vit_pico" and weights is None:
-        path = Path(str(files("deltavit.models") / "vit_pico.safetensors"))
-    elif weights is None:
-        path = _fetch(name)
-    else:
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise ModelError(f"no weights at {path}: give a .safetensors file")
-    try:
-        state = load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        reason = "deltavit never opens pickles" if _is_pickle(path) else str(error).splitlines()[0]
-        raise ModelError(f"{path.name} is not a safetensors file ({reason}): convert the weights to one") from None
-    head = state.get("head.weight")
-    return {k: v.float() for k, v in state.items()}, None if head is None else len(head)
-
-
-def _is_pickle(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x04")
-
-
-def _fetch(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
+def _path(name: str) -> Path:
+    """The pretrained weights of a model of ours or of timm."""
+    if name == "vit_pico":
+        return Path(str(files("deltavit.models") / "vit_pico.safetensors"))
     cfg = _timm().get_pretrained_cfg(name)
     if cfg is None or not cfg.hf_hub_id:
         raise ModelError(f"{name} has no weights on the hub: give weights=FILE.safetensors or weights='random'")
     repo = str(cfg.hf_hub_id)
-    repo = f"{repo}{name}" if repo.endswith("/") else repo
-    try:
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        return Path(hf_hub_download(repo, cfg.hf_hub_filename or "model.safetensors"))
-    except Exception as error:  # the hub's client raises a dozen kinds, all but one of which mean the same here
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise ModelError(f"{repo} holds no safetensors file, and deltavit never opens pickles") from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ModelError(
-            f"the weights of {name} could not be fetched ({type(error).__name__}: {reason}); "
-            "give a local file: weights=FILE.safetensors"
-        ) from None
+    return fetch(name, f"{repo}{name}" if repo.endswith("/") else repo, cfg.hf_hub_filename or "model.safetensors")
 
 
-def _fill(model: nn.Module, name: str, state: dict[str, Tensor], weights: str | Path | None) -> None:
+def _fill(model: nn.Module, name: str, state: dict[str, Tensor], source: str) -> None:
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    source = "the package" if weights is None else Path(weights).name
-    try:
-        if convert is not None:
-            antialias = {"antialias": True} if "antialias" in inspect.signature(convert).parameters else {}
+    if convert is not None:
+        antialias = {"antialias": True} if "antialias" in inspect.signature(convert).parameters else {}
+        try:
             state = convert(state, model, **antialias)
-        wanted = model.state_dict()
-        fitting = {k: v for k, v in state.items() if k not in wanted or v.shape == wanted[k].shape}
-        misshapen = sorted(set(state) - set(fitting))
-        missing, extra = model.load_state_dict(fitting, strict=False)
-    except (RuntimeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{source} does not fit {name}: {str(error).splitlines()[0]}") from None
-    missing = [k for k in missing if not k.startswith("head.")]
-    extra = [k for k in extra if not k.startswith(("head.", "head_drop."))]
-    for what, keys in (("other shapes", misshapen), ("missing", missing), ("not in the model", extra)):
-        if keys:
-            raise ModelError(f"{source} does not fit {name}: {len(keys)} tensors {what}, {', '.join(keys[:3])}")
+        except (RuntimeError, KeyError, AttributeError) as error:
+            raise ModelError(f"{source} does not fit {name}: {first_line(error)}") from None
+    fill(model, state, name, source, head=("head.", "head_drop."))

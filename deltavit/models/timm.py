@@ -1,7 +1,8 @@
-"""timm's Vision Transformers: ViT, DeiT, DINOv2, CLIP and SigLIP image towers, BEiT, EVA."""
+"""timm's Vision Transformers: ViT, DeiT, DINOv2, CLIP and SigLIP image towers, BEiT, EVA, Swin."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from ..core.errors import ModelError
 from ..core.site import Anatomy, Preprocessing, Site, family
 
-KINDS = ("VisionTransformer", "Eva", "Beit")
+KINDS = ("VisionTransformer", "Eva", "Beit", "SwinTransformer", "SwinTransformerV2")
 REFUSED = {"VisionTransformerDistilled": "it has two heads, whose logits it averages"}
 
 
@@ -24,27 +25,49 @@ def recognise(model: Any) -> Anatomy | None:
     for kind, reason in REFUSED.items():
         if kind in kinds:
             raise ModelError(f"{name} is refused: {reason}, and deltavit trains one")
-    blocks = [f"blocks.{i}" for i in range(len(model.blocks))]
-    attention = model.blocks[0].attn
-    patch = next(n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    windowed = hasattr(model, "layers")
+    if windowed:
+        blocks = [f"layers.{i}.blocks.{j}" for i, stage in enumerate(model.layers) for j in range(len(stage.blocks))]
+    else:
+        blocks = [f"blocks.{i}" for i in range(len(model.blocks))]
+    modules = [model.get_submodule(b) for b in blocks]
+    linears = [_linears(name, path, i, block) for i, (path, block) in enumerate(zip(blocks, modules, strict=True))]
+    tables = [n for n, _ in model.named_parameters() if n.endswith("relative_position_bias_table")]
+    if windowed:
+        fixed = "its attention is windowed"
+    elif getattr(model, "rope", None) is not None:
+        fixed = "its rotary position embeddings are for its own patches alone"
+    else:
+        fixed = "its relative position bias has an entry for its own tokens alone" if tables else ""
+    # a module comes before the norm of what it puts out, and after the norm of what it reads
+    first = [list(block._modules) for block in modules]
+    norms_first = [order.index("norm1") < order.index("attn") for order in first]
     return Anatomy(
         model=model,
         name=f"{name}.{tag}" if tag else name,
         family="timm",
-        width=model.embed_dim,
-        heads=attention.num_heads,
+        width=linears[0]["o"].shape[0],
+        heads=modules[0].attn.num_heads,
         grid=tuple(model.patch_embed.grid_size),
-        prefix=model.num_prefix_tokens,
-        head="head",
+        prefix=getattr(model, "num_prefix_tokens", 0),
+        head="head.fc" if windowed else "head",
         features=model.num_features,
         blocks=blocks,
         attn=[f"{b}.attn" for b in blocks],
         mlp=[f"{b}.mlp" for b in blocks],
         norms=[n for n, m in model.named_modules() if _is_norm(m)],
-        patch=patch,
-        linears=[
-            _linears(name, path, i, block) for i, (path, block) in enumerate(zip(blocks, model.blocks, strict=True))
-        ],
+        patch="patch_embed.proj",
+        linears=linears,
+        before_attn=[f"{b}.norm1" if pre else f"{b}.attn" for b, pre in zip(blocks, norms_first, strict=True)],
+        before_mlp=[f"{b}.norm2" if pre else f"{b}.mlp" for b, pre in zip(blocks, norms_first, strict=True)],
+        after_heads=[f"{b}.attn.{_after_heads(block.attn)}" for b, block in zip(blocks, modules, strict=True)],
+        scores=_scores(modules[0].attn),
+        tables=tables,
+        pool="token" if model.global_pool == "token" else "all",
+        fixed_tokens=fixed,
+        widths=[each["o"].shape[0] for each in linears],
+        grids=[tuple(block.input_resolution) for block in modules] if windowed else [],
+        windows=[tuple(block.window_size) for block in modules] if windowed else [],
         preprocessing=preprocessing(model),
     )
 
@@ -52,6 +75,19 @@ def recognise(model: Any) -> Anatomy | None:
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() and isinstance(weight, nn.Parameter) and weight.ndim == 1
+
+
+def _after_heads(attn: Any) -> str:
+    # a gate multiplies what the projection reads, so there even a norm that does nothing comes first
+    normed = not isinstance(getattr(attn, "norm", None), nn.Identity | None) or getattr(attn, "gate", None) is not None
+    return "norm" if normed else "proj"
+
+
+def _scores(attn: nn.Module) -> str:
+    if type(attn).__name__ == "DiffAttention":
+        return ""  # two maps a head, and the bias meets them in other shapes in its two kernels
+    takes = inspect.signature(attn.forward).parameters
+    return next((word for word in ("attn_mask", "shared_rel_pos_bias") if word in takes), "")
 
 
 def _linears(name: str, path: str, block: int, module: nn.Module) -> dict[str, Site]:
@@ -70,11 +106,14 @@ def _linears(name: str, path: str, block: int, module: nn.Module) -> dict[str, S
 
     if getattr(attn, "qkv", None) is not None:
         width = attn.qkv.out_features // 3
-        # with q and v biases beside it, EVA and BEiT compute F.linear(x, self.qkv.weight, ...) themselves
+        # EVA, BEiT and Swin V2 have q and v biases beside it, and compute F.linear(x, self.qkv.weight, ...) themselves
         beside = getattr(attn, "q_bias", None) is not None
         called = not beside or getattr(attn, "qkv_bias_separate", False)
         for i, role in enumerate("qkv"):
-            add(role, "attn.qkv", attn.qkv, (i * width, (i + 1) * width), called=called)
+            more: dict[str, object] = {"called": called}
+            if beside and role != "k":
+                more |= {"bias": f"{role}_bias", "bias_path": f"{path}.attn", "bias_rows": (0, width)}
+            add(role, "attn.qkv", attn.qkv, (i * width, (i + 1) * width), **more)
     else:
         for role in "qkv":
             add(role, f"attn.{role}_proj", getattr(attn, f"{role}_proj"))

@@ -15,9 +15,9 @@ class Attention(nn.Module):
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, N, D]
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, N, D], [heads, N, N]
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+        return self.o(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
@@ -94,5 +94,9 @@ def recognise(model: nn.Module) -> Anatomy | None:
         norms=[n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)],
         patch="patch",
         linears=linears,
+        before_attn=[f"{b}.norm1" for b in blocks],
+        before_mlp=[f"{b}.norm2" for b in blocks],
+        after_heads=[f"{b}.attn.o" for b in blocks],
+        scores="mask",
         preprocessing=Preprocessing(size=model.size),
     )
