@@ -94,9 +94,13 @@ def test_compositions_keep_the_contract(family, named):
     try:
         deltavit.plan(FAMILIES[family](), method)
     except MethodError:  # a model that one of the methods refuses alone is refused in company
-        with pytest.raises(MethodError):
-            for part in method.parts.values():
-                deltavit.plan(FAMILIES[family](), part)
+        model, refused = FAMILIES[family](), 0
+        for part in method.parts.values():
+            try:
+                deltavit.plan(model, part)
+            except MethodError:
+                refused += 1
+        assert refused
         return
     check(FAMILIES[family](), method)
 
@@ -153,6 +157,28 @@ def test_one_composition_however_it_is_written(tmp_path):
         recipe = read_recipe(path)
         assert recipe.build_method() == wanted
         path.write_text(recipe.toml())
-        assert read_recipe(path) == read_recipe(path, [], method={}) and read_recipe(path).build_method() == wanted
+        assert read_recipe(path).build_method() == wanted
     flags = read_recipe(None, ["method.lora.rank=3", "method.bitfit.which=linear"], method={"name": "lora+bitfit"})
     assert flags.build_method() == wanted
+
+
+@pytest.mark.parametrize("named", [["lora", "lepe"], ["lepe", "lora"]])
+def test_what_a_guest_taps_has_been_rewritten(named):
+    """LePE convolves the values that LoRA has made, in whatever order the two are named."""
+    model = FAMILIES["vit"]()
+    merged = copy.deepcopy(model)
+    both = deltavit.attach(model, named, classes=3)
+    stir(both)
+    values = both.tensors()
+    lora = deltavit.attach(merged, "lora", classes=3)
+    with torch.no_grad():
+        for name, p in lora.tensors().items():
+            p.copy_(values[name.replace(".q.", ".lora.q.").replace(".v.", ".lora.v.")])
+    lora.merge()
+    lepe = deltavit.attach(merged, "lepe")
+    with torch.no_grad():
+        for name, p in lepe.tensors().items():
+            _, block, rest = name.split(".", 2)
+            p.copy_(values[f"blocks.{block}.lepe.{rest}"])
+    x = pictures(model)
+    torch.testing.assert_close(model.eval()(x), merged.eval()(x), atol=1e-5, rtol=0)

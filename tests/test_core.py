@@ -126,7 +126,7 @@ def test_the_fingerprint_survives_cast_and_head_but_no_changed_value():
     ("name", "says"),
     [
         ("resnet18", "not a Vision Transformer"),
-        ("swin_tiny_patch4_window7_224", "not a Vision Transformer"),
+        ("swinv2_cr_tiny_ns_224", "not a Vision Transformer"),
         ("deit_tiny_distilled_patch16_224", "two heads"),
         ("vit_bse_patch16_224", "did you mean 'vit_base_patch16_224'"),
     ],

@@ -113,7 +113,9 @@ def test_torchvision_at_another_size_moves_positions_as_torchvision_does(tmp_pat
 
 
 def test_torchvision_refuses_pickles_strangers_and_what_does_not_fit(tmp_path):
-    with pytest.raises(ModelError, match=r"pickles, which deltavit never opens: convert them .* or take the same model"):
+    with pytest.raises(
+        ModelError, match=r"pickles, which deltavit never opens: convert them .* or take the same model"
+    ):
         deltavit.load_model("torchvision:vit_b_16")
     with pytest.raises(ModelError, match="no model of torchvision named 'vit_b_17'; did you mean 'vit_b_16'"):
         deltavit.load_model("torchvision:vit_b_17", "random")

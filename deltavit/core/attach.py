@@ -348,13 +348,14 @@ class Adapter:
         device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         modules = self.model.get_submodule
         changes: dict[tuple[str, str], dict[tuple[int, int], list[Piece]]] = defaultdict(lambda: defaultdict(list))
+        arounds: list[Guest] = []
         for edit in self.edits:
             if isinstance(edit, Rewrite):
                 edit.change.to(device, dtype)
                 changes[edit.site.path, edit.site.param][edit.site.rows].append((edit.site, edit.change))
             elif isinstance(edit, (Before, After)):
                 edit.module.to(device, dtype)
-                self._parts.append(self._around(edit))
+                arounds.append(self._around(edit, len(arounds)))
             elif isinstance(edit, Own):
                 path, _, name = edit.name.rpartition(".")
                 self._parts.append(Shadow(modules(path), name, own[edit.name], self._number))
@@ -374,12 +375,13 @@ class Adapter:
             several.sort(key=lambda each: each[0][0].shift[2])  # type: ignore[index]
             rewriting = Biases([piece for piece, _ in several], [host for _, host in several])
             self._parts.append(Parametrized(modules(path), name, rewriting))
+        self._parts += arounds  # last, so that what they tap has been rewritten
         if self.head is not None:
             path, _, name = self.vit.head.rpartition(".")
             self.head.to(device, dtype)
             self._parts.append(Shadow(modules(path), name, self.head, self._number))
 
-    def _around(self, edit: Before | After) -> Guest:
+    def _around(self, edit: Before | After, number: int) -> Guest:
         host, tap, rows, into = self.model.get_submodule(edit.path), None, None, None
         kind = type(edit).__name__.lower()
         if isinstance(edit.tap, Site):
@@ -391,7 +393,7 @@ class Adapter:
         module = Around(edit.module, rows, into)
         module.taps = tap is not None
         block = next((i for i, b in enumerate(self.vit.blocks) if inside(edit.path, b)), -1)
-        return Guest(host, f"_deltavit_{self._number}_{len(self._parts)}_{kind}", module, kind, block, tap)
+        return Guest(host, f"_deltavit_{self._number}_{number}_{kind}", module, kind, block, tap)
 
     def _chained(self, pieces: list[Piece]) -> Piece:
         """One change for one site: its own, or that of several methods together."""
