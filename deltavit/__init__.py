@@ -10,11 +10,12 @@ from .core.method import method, methods, register
 from .core.site import Anatomy, Preprocessing, Site, Where, anatomy
 from .data import Images, open_data, open_images
 from .models import load_model
+from .models.text import text_head
 from .train import Evaluation, Step, Training, evaluate, fit, predict
 
 __all__ = [
     "Adapter", "Anatomy", "DeltavitError", "Evaluation", "Images", "Plan", "Preprocessing", "Site", "Step", "Training",
     "Where", "adapters", "anatomy", "attach", "evaluate", "fit", "info", "load", "load_model", "method", "methods",
-    "open_data", "open_images", "plan", "predict", "register",
+    "open_data", "open_images", "plan", "predict", "register", "text_head",
 ]  # fmt: skip
 _ = _methods

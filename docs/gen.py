@@ -75,7 +75,10 @@ def source(kind: type[Method]) -> str:
 
 def table(link: str) -> str:
     """All methods; `link` is where a name leads, with {name} and {source}."""
-    rows = ["| method | what | parameters, ViT-B/16 body | merges | mixed batch | paper |", "|---|---|---:|---|---|---|"]
+    rows = [
+        "| method | what | parameters, ViT-B/16 body | merges | mixed batch | paper |",
+        "|---|---|---:|---|---|---|",
+    ]
     rows += [
         f"| [`{name}`]({link.format(name=name, source=source(kind))}) | {what(kind)} "
         f"| {count(kind, 'ViT-B/16')} | {merges(kind)} | {mixes(kind)} | {paper(kind)} |"

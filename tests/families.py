@@ -1,5 +1,6 @@
 """Small members of each model family, built from configuration with numbers that hide nothing."""
 
+import families_hf
 import timm
 import torch
 import torchvision.models as tv
@@ -71,3 +72,4 @@ FAMILIES = {
         block=tv.swin_transformer.SwinTransformerBlockV2, downsample_layer=tv.swin_transformer.PatchMergingV2
     ),
 }
+FAMILIES |= families_hf.FAMILIES

@@ -38,8 +38,6 @@ def test_contract(family, name):
 )
 @pytest.mark.parametrize("family", ["tiny", "vit", "eva"])
 def test_contract_with_options(family, name, options):
-    if family == "eva" and options.get("bias"):
-        pytest.skip("eva's fused projection has no bias of its own: refused, see test_core")
     check(FAMILIES[family](), deltavit.method(name, **options))
 
 

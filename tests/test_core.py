@@ -163,7 +163,7 @@ def test_unknown_roles_blocks_options_and_methods_name_what_exists():
     [
         ("kadaptation", {"n": 5}, "n=5 must divide both sides of the weight, which is 24 x 24"),
         ("lora", {"dropout": 0.1}, "lora.dropout acts on activations"),
-        ("kadaptation", {"bias": True}, "shifts the bias of blocks.0.q, but blocks.0.attn.qkv has none"),
+        ("kadaptation", {"bias": True, "where": {"roles": ["k"]}}, "shifts the bias of blocks.0.k, but .* has none"),
     ],
 )
 def test_a_method_that_does_not_fit_is_refused_and_leaves_no_trace(name, options, says):

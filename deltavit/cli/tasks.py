@@ -165,6 +165,6 @@ def opened(path: Path, name: str | None, weights: str | None, device: str) -> tu
     elif weights is None and (path.parent / "recipe.toml").exists():
         weights = read_recipe(path.parent / "recipe.toml").model.weights
     said = info(path)
-    base = load_model(name or said.base, weights, image_size=said.options.get("image_size"))
+    base = load_model(name or said.base, weights, **said.options)
     adapter = load(path, base)
     return base.to(pick_device(device)).eval(), adapter, said

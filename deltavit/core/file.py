@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,12 @@ def load(path: str | Path, model: nn.Module) -> Adapter:
     if said.preprocessing.size != vit.preprocessing.size:
         sizes = f"{said.preprocessing.size} px, {vit.name} takes {vit.preprocessing.size}"
         raise FileError(f"{where} asks for pictures of {sizes}")
+    if said.options.get("normalize") != vit.options.get("normalize"):
+        one, two = (
+            "features of length 1" if options.get("normalize") else "features as they are"
+            for options in (said.options, vit.options)
+        )
+        raise FileError(f"{where} was trained on {one}, this model gives {two}: load it with normalize as it was")
     dtype = "F64" if next(iter(vit.tensors().values())).dtype == torch.float64 else "F32"
     try:
         wanted = _wanted(plan(model, said.method, said.classes), said.classes, dtype, vit.features)
@@ -157,7 +163,8 @@ def _text(value: Any) -> str:
 
 
 def _options(value: Any) -> dict[str, Any]:
-    if not (isinstance(value, dict) and set(value) <= {"image_size"} and all(map(_pixels, value.values()))):
+    known: dict[str, Callable[[Any], bool]] = {"image_size": _pixels, "normalize": lambda said: said is True}
+    if not (isinstance(value, dict) and set(value) <= set(known) and all(known[k](v) for k, v in value.items())):
         raise TypeError("options of the base that are not known")
     return value
 

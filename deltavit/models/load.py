@@ -26,7 +26,7 @@ LIBRARIES = {"hf": "huggingface", "open_clip": "openclip", "torchvision": "torch
 
 
 def load_model(
-    model: str | nn.Module,
+    name: str | nn.Module,
     weights: str | Path | None = None,
     *,
     image_size: int | None = None,
@@ -36,7 +36,7 @@ def load_model(
     """A frozen Vision Transformer in eval mode, its anatomy and fingerprint taken.
 
     Args:
-        model: a timm name (`vit_base_patch16_224.augreg_in21k`), `vit_pico` (in the package) or `tiny`; a name of
+        name: a timm name (`vit_base_patch16_224.augreg_in21k`), `vit_pico` (in the package) or `tiny`; a name of
             another library (`hf:google/vit-base-patch16-224-in21k`, `open_clip:ViT-B-32/laion2b_s34b_b79k`,
             `torchvision:vit_b_16`); or a model of one of these libraries. Of a model with a text tower only the image
             tower is kept, with its projection. One of timm, torchvision or ours is returned as it is.
@@ -55,15 +55,15 @@ def load_model(
         raise ModelError(f"resize = {resize!r} is not 'squash' or 'crop'")
     asked: dict[str, Any] = {"image_size": image_size, "normalize": normalize or None}
     options = {option: value for option, value in asked.items() if value is not None}
-    if isinstance(model, nn.Module):
-        found = _adopt(model, weights, options)
-        if found is model:
+    if isinstance(name, nn.Module):
+        found = _adopt(name, weights, options)
+        if found is name:
             return found
     else:
-        found = _load(model, weights, options)
+        found = _load(name, weights, options)
     found.eval().requires_grad_(False)
     vit = anatomy(found)
-    vit.name = model if isinstance(model, str) else vit.name
+    vit.name = name if isinstance(name, str) else vit.name
     vit.options = options
     vit.preprocessing = replace(vit.preprocessing, resize=resize)
     return found

@@ -30,6 +30,8 @@ class ModelSection(Section):
     weights: str | None = None
     image_size: int | None = Field(default=None, ge=1)
     resize: Literal["squash", "crop"] = "squash"
+    normalize: bool = False
+    """Features of length 1 before the head, as CLIP and SigLIP compare them with texts."""
 
 
 class DataSection(Section):

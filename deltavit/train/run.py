@@ -103,8 +103,9 @@ def _run(
     for note in data.notes:
         say(f"note: {note}")
     model = load_model(
-        recipe.model.name, recipe.model.weights, image_size=recipe.model.image_size, resize=recipe.model.resize
-    )
+        recipe.model.name, recipe.model.weights, image_size=recipe.model.image_size, resize=recipe.model.resize,
+        normalize=recipe.model.normalize,
+    )  # fmt: skip
     vit = anatomy(model)
     adapter = attach(model, recipe.build_method(), classes=data.classes, seed=recipe.train.seed)
     model.to(device)
