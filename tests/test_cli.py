@@ -334,6 +334,43 @@ def test_a_merged_file_loads_in_plain_timm_and_gives_the_same_logits(run, pictur
     assert out.stat().st_mtime_ns > before
 
 
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_export_to_peft_and_back_keeps_the_logits(run, pictures, tmp_path):
+    peft = pytest.importorskip("peft")
+    name = "vit_tiny_patch16_224"
+    base = deltavit.load_model(name, "random")
+    adapter = deltavit.attach(base, deltavit.method("lora", rank=3), classes=deltavit.open_data(pictures).classes)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    adapter.save(tmp_path / "a.safetensors")
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = base.eval()(x)
+    out = ["--weights", "random"]
+    done = run("export", "--adapter", tmp_path / "a.safetensors", "--out", tmp_path / "peft", *out, "--json")
+    assert done.code == 0, done.err
+    plain = timm.create_model(name, pretrained=False, num_classes=3)
+    fresh = deltavit.load_model(name, "random").state_dict()
+    plain.load_state_dict({k: v for k, v in fresh.items() if not k.startswith("head")}, strict=False)
+    there = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(there(x), expected, rtol=0, atol=1e-5)
+    back = ["export", "--adapter", tmp_path / "peft", "--to", "deltavit", "--out", tmp_path / "b.safetensors", *out]
+    assert "give --model" in run(*back).line
+    done = run(*back, "--model", name, "--json")
+    assert done.code == 0, done.err
+    again = deltavit.load_model(name, "random")
+    deltavit.load(tmp_path / "b.safetensors", again)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(x), expected, rtol=0, atol=1e-5)
+    assert "exists: choose another --out" in run(*back, "--model", name).line
+    assert "choose the other --to" in run("export", "--adapter", tmp_path / "peft", "--out", tmp_path / "c").line
+    assert "choose the other --to" in run(*back[:2], tmp_path / "a.safetensors", *back[3:]).line
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 

@@ -285,7 +285,8 @@ def test_an_init_that_leaves_the_base_alone_is_taken(value, tmp_path):
     "config",
     [
         {"peft_type": "IA3"}, {"r": 0}, {"r": 10**400}, {"r": True}, {"r": "2"}, {"lora_alpha": float("nan")},
-        {"lora_alpha": None}, {"lora_dropout": 1e999}, {"rank_pattern": [1]}, {"rank_pattern": {"(a+)+b": 1}},
+        {"lora_alpha": None}, {"lora_dropout": 1e999}, {"lora_dropout": -0.1}, {"lora_dropout": 1},
+        {"rank_pattern": [1]}, {"rank_pattern": {"(a+)+b": 1}},
         {"alpha_pattern": {"fc1": "x"}}, {"modules_to_save": "head"}, {"modules_to_save": [1]},
         {"target_modules": [["qkv"]]}, {"init_lora_weights": ["x"]}, {"init_lora_weights": {}},
     ],
@@ -392,13 +393,16 @@ def test_other_methods_are_refused_with_a_way_out(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_head_that_no_classifier_of_transformers_has_is_refused(tmp_path):
-    tower = load_model(huggingface_model("hf siglip"))
-    with pytest.raises(MethodError, match="no classifier"):
-        export_lora(ours(tower), tmp_path)
-    adapter = ours(load_model(huggingface_model("hf siglip")), classes=None)
-    export_lora(adapter, tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] is None
+def test_a_head_on_other_features_than_a_classifier_of_transformers_reads_is_refused_both_ways(tmp_path):
+    with pytest.raises(MethodError, match="other features"):
+        export_lora(ours(load_model(huggingface_model("hf siglip"))), tmp_path / "out")
+    export_lora(ours(load_model(huggingface_model("hf siglip")), classes=None), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["modules_to_save"] is None
+
+    classifier = huggingface_model("hf siglip classifier")
+    theirs(classifier, tmp_path / "in", r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
+    with pytest.raises(MethodError, match="other features"):
+        import_lora(tmp_path / "in", load_model(huggingface_model("hf siglip")))
 
 
 def test_an_adapter_of_the_text_tower_is_refused(tmp_path):

@@ -1,7 +1,7 @@
 """Table 2 of the Kronecker paper (arXiv:2203.16329): the cells of its parameter column that can be decoded.
 
-Its heads are the mean over CIFAR-10, CIFAR-100 and SUN-397 of C(D + 1).  Several CLIP cells were counted at the width of
-the text tower, 512 with 8 heads, on a 7 x 7 grid.  Cells that no setting gives (BitFit 349,701, RPB 201,704, both of
+Its heads are the mean over CIFAR-10, CIFAR-100 and SUN-397 of C(D + 1).  Several CLIP cells were counted at the width
+of the text tower, 512 with 8 heads, on a 7 x 7 grid.  Cells that no setting gives (BitFit 349,701, RPB 201,704, both of
 Kronecker Adaptation, ..) are left alone.
 """
 

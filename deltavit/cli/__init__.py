@@ -40,7 +40,8 @@ def options(
 
 
 for command in (
-    tasks.train, tasks.evaluate, tasks.predict, inspect.methods, inspect.plan, files.merge, inspect.doctor, demo,
+    tasks.train, tasks.evaluate, tasks.predict, inspect.methods, inspect.plan, files.merge, files.export,
+    inspect.doctor, demo,
 ):  # fmt: skip
     app.command()(command)
 

@@ -54,9 +54,8 @@ class KroneckerSum(LowRank):
     def factors(self) -> tuple[Tensor, Tensor]:
         # sum_k A_k (x) u_k v_k = [A_k (x) u_k]_k @ [I (x) v_k]_k, of rank n n r
         n, rank = self.n, self.v.shape[1]
-        up = (
-            self.slow_weights().permute(1, 0, 2)[:, None, :, :, None] * self.u.transpose(0, 1)[:, :, None, :]
-        )  # [a, c, k, b, r]
+        slow = self.slow_weights().permute(1, 0, 2)[:, None, :, :, None]
+        up = slow * self.u.transpose(0, 1)[:, :, None, :]  # [a, c, k, b, r]
         eye = torch.eye(n, dtype=self.v.dtype, device=self.v.device)
         down = eye[:, None, :, None] * self.v[:, None, :, None, :]  # [k, b, r, d, i/n]
         up, down = up.reshape(-1, n * n * rank), down.reshape(n * n * rank, -1)

@@ -96,7 +96,7 @@ def export_lora(adapter: Adapter, folder: str | Path) -> int:
         tensors |= {f"{ROOT}{name}.lora_A.weight": down, f"{ROOT}{name}.lora_B.weight": up}
         ranks[name] = len(down)
     if adapter.head is not None:
-        _loadable(vit)
+        _same_features(vit)
         tensors |= {f"{ROOT}{_head(vit)}.{n}": p for n, p in adapter.head.named_parameters()}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     bad = next((name for name, t in tensors.items() if not t.isfinite().all()), None)
@@ -183,8 +183,8 @@ def _head(vit: Anatomy) -> str:
     return "classifier" if _body(vit) else vit.head
 
 
-def _loadable(vit: Anatomy) -> None:
-    """Refuse a head that reads what no model of the other library gives its classifier."""
+def _same_features(vit: Anatomy) -> None:
+    """Refuse a head where the tower reads other features than the classifier of the other library does."""
     tower = vit.model
     if not isinstance(tower, Tower):
         return
@@ -192,8 +192,8 @@ def _loadable(vit: Anatomy) -> None:
     fits = reads in (mean, token_and_mean) or reads is _CLASSIFIERS.get(type(tower.body).__name__)
     if not _body(vit) or tower.project is not None or tower.normalize or not fits:
         raise MethodError(
-            f"{vit.name} has no classifier that reads what this head reads, so PEFT could not load it; "
-            "merge the adapter and save the model instead"
+            f"the head on {vit.name} reads other features than a classifier of its library, so it cannot be the same; "
+            "take a model ..ForImageClassification, or leave the head out"
         )
 
 
@@ -257,8 +257,8 @@ def import_lora(folder: str | Path, model: nn.Module, classes: int | Sequence[st
 
 
 @dataclass(frozen=True)
-class Config:
-    """What `adapter_config.json` says of the function."""
+class _Config:
+    """What `adapter_config.json` says of the function: PEFT's options by our names."""
 
     rank: int
     alpha: float
@@ -276,7 +276,7 @@ class Config:
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _config(folder: Path) -> Config:
+def _config(folder: Path) -> _Config:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"it has no {CONFIG}, so it is not a PEFT adapter")
@@ -296,14 +296,17 @@ def _config(folder: Path) -> Config:
         refused["init_lora_weights"] = said["init_lora_weights"]
     for key, value in refused.items():
         raise ValueError(f"{key:.60}={value!r:.60}, which our lora does not have; {MERGE}")
+    dropout = _number("lora_dropout", said.get("lora_dropout", 0), float)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora_dropout={dropout} in {CONFIG}, which is no share")
     targets, chosen = said.get("target_modules"), any(map(said.get, ("layers_to_transform", "exclude_modules")))
-    return Config(
+    return _Config(
         rank=_number("r", said.get("r", 8), int),
         alpha=_number("lora_alpha", said.get("lora_alpha", 8), float),
         ranks=_patterns("rank_pattern", said, int),
         alphas=_patterns("alpha_pattern", said, float),
         rslora=bool(said.get("use_rslora")),
-        dropout=_number("lora_dropout", said.get("lora_dropout", 0), float),
+        dropout=dropout,
         targets=_texts("target_modules", targets) if isinstance(targets, list) and not chosen else [],
         saved=_texts("modules_to_save", said.get("modules_to_save") or []),
     )
@@ -311,7 +314,7 @@ def _config(folder: Path) -> Config:
 
 def _number(label: str, value: Any, kind: type[N]) -> N:
     allowed = (int,) if kind is int else (int, float)
-    if type(value) not in allowed or not 0 <= float(value) < math.inf or (kind is int and value < 1):
+    if type(value) not in allowed or not math.isfinite(value) or (kind is int and value < 1):
         raise ValueError(f"{label}={value!r:.40} in {CONFIG}, which is not possible")
     return kind(value)
 
@@ -353,7 +356,7 @@ def _opened(folder: Path) -> Any:
 
 
 def _modules(
-    config: Config, vit: Anatomy, shapes: Mapping[str, tuple[int, ...]]
+    config: _Config, vit: Anatomy, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[list[Site], float]]:
     """PEFT's name of each module -> our sites in it and its scale, once names and shapes are what they must be."""
     if len(shapes) > MOST:
@@ -389,7 +392,7 @@ def _modules(
 
 
 def _classifier(
-    config: Config, vit: Anatomy, shapes: Mapping[str, tuple[int, ...]]
+    config: _Config, vit: Anatomy, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """weight, bias -> name and shape of the tensor; empty where there is no head."""
     head = _head(vit)
@@ -399,6 +402,7 @@ def _classifier(
             raise ValueError(f"{name!r:.120} is neither LoRA nor the head; {MERGE}")
     found = {parts[name]: (name, shape) for name, shape in shapes.items()}
     if found or head in config.saved:
+        _same_features(vit)
         count = next(iter(found["weight"][1]), 0) if "weight" in found else 0
         _same(f"{head}.weight", found.get("weight", ("", None))[1], (max(count, 1), vit.features))
         if "bias" in found:
@@ -439,7 +443,7 @@ def _finite(name: str, value: Tensor) -> Tensor:
 def _pairs(
     modules: Mapping[str, tuple[list[Site], float]], values: Mapping[str, Tensor], scale: float
 ) -> dict[Site, tuple[Tensor, Tensor]]:
-    """(B, A) of each site, without the columns of B that are zero in its rows of a fused module."""
+    """(B, A) of each site, without the columns of B that are zero in its rows; all where B was never trained."""
     pairs = {}
     for name, (sites, own) in modules.items():
         down, up = (values[f"{ROOT}{name}.lora_{letter}.weight"] for letter in "AB")
