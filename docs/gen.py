@@ -1,6 +1,6 @@
-"""The pages that follow from the code: one for each method, and the command line.
+"""The pages that follow from the code: one for each method, which method fits which model, and the command line.
 
-    python docs/gen.py            write docs/methods/*.md and docs/cli.md
+    python docs/gen.py            write docs/methods/*.md, docs/support.md and docs/cli.md
     python docs/gen.py --readme   rewrite the tables that are committed: README.md's methods, the contract's checks
 
 mkdocs runs this file as a hook, so the pages are never committed.
@@ -18,11 +18,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import deltavit
 from deltavit.core import contract
 from deltavit.core.edit import After, Before, Own, Rewrite
+from deltavit.core.errors import MethodError
 from deltavit.core.method import Method
 from deltavit.core.site import Anatomy, Where
 from deltavit.models import skeleton
@@ -42,17 +44,21 @@ def model(name: str) -> nn.Module:
     return skeleton(name)
 
 
+@functools.cache
+def planned(kind: type[Method], label: str = "ViT-B/16") -> deltavit.Plan:
+    return deltavit.plan(model(MODELS[label]), kind())
+
+
 def count(kind: type[Method], label: str) -> str:
-    made = deltavit.plan(model(MODELS[label]), kind())
-    return f"{made.trainable_parameters:,}"
+    return f"{planned(kind, label).trainable_parameters:,}"
 
 
 def merges(kind: type[Method]) -> str:
-    return "yes" if deltavit.plan(model(MODELS["ViT-B/16"]), kind()).mergeable else "no"
+    return "yes" if planned(kind).mergeable else "no"
 
 
 def mixes(kind: type[Method]) -> str:
-    return "yes" if deltavit.plan(model(MODELS["ViT-B/16"]), kind()).mixed_batch else "no"
+    return "yes" if planned(kind).mixed_batch else "no"
 
 
 def paper(kind: type[Method]) -> str:
@@ -129,10 +135,13 @@ def _place(edit: Before | After, vit: Anatomy) -> str:
     if isinstance(edit, Before) and edit.into:
         return "scores"
     if edit.path in vit.blocks:
-        return "tokens" if isinstance(edit, Before) else "new block"
-    if edit.path in vit.attn:
-        return "attention branch"
-    return "MLP branch" if edit.path in vit.mlp else "values"
+        return "new tokens" if isinstance(edit, Before) else "new block"
+    if isinstance(edit, Before):
+        return "values"
+    branch = "attention" if edit.path in vit.attn else "the MLP"
+    if getattr(edit.module, "serial", False):
+        return f"after {branch}"
+    return f"beside {branch}" if edit.tap is None else f"beside norm and {branch}"
 
 
 def owners(name: str, vit: Anatomy) -> list[tuple[str, int]]:
@@ -192,12 +201,16 @@ BOXES = [  # part, x, y, width, label
     ("final norm", 664, 52, 42, "norm"),
     ("head", 720, 52, 42, "head"),
 ]
-ADDED = [  # drawn only where a method puts a module there
-    ("scores", 250, 22, 70, "new: scores"),
-    ("values", 250, 94, 70, "new: values"),
-    ("attention branch", 366, 94, 36, "new"),
-    ("MLP branch", 614, 94, 36, "new"),
-    ("new block", 640, 22, 66, "new block"),
+ADDED = [  # the same, and how it is joined to the others; drawn only where a method puts a module there
+    ("new tokens", 54, 94, 66, "new tokens", "M120 108H134V66"),
+    ("scores", 248, 16, 74, "new: scores", "M285 44V52"),
+    ("values", 250, 94, 72, "new: values", "M238 108H250 M322 108L332 76"),
+    ("after attention", 366, 94, 36, "new", "M372 66V94 M384 94V72"),
+    ("after the MLP", 606, 94, 36, "new", "M620 66V94 M632 94V72"),
+    ("beside attention", 366, 94, 36, "new", "M193 66V128H358V108H366 M384 94V72"),
+    ("beside the MLP", 606, 94, 36, "new", "M461 66V108H606 M632 94V72"),
+    ("beside norm and the MLP", 606, 94, 36, "new", "M398 66V108H606 M632 94V72"),
+    ("new block", 660, 12, 66, "new block", "M655 66V26H660 M685 40V52"),
 ]
 
 
@@ -206,7 +219,7 @@ def drawing(found: dict[str, dict[str, set[int]]], depth: int) -> str:
     lines = [
         '<svg class="block" viewBox="-6 -14 776 158" role="img" aria-label="What the method touches in a block">',
         '<rect x="128" y="-8" width="522" height="146" rx="8" class="frame"/>',
-        f'<text x="389" y="132" class="small">one of {depth} blocks</text>',
+        f'<text x="520" y="132" class="small">one of {depth} blocks</text>',
         '<path d="M52 66H60 M116 66H140 M190 66H204 M190 66L204 24 M190 66L204 108 M238 24L252 60 M238 66H252 '
         "M238 108L252 72 M318 66H332 M366 66H378 M390 66H404 M454 66H468 M508 66H522 M562 66H576 M616 66H626 "
         'M638 66H664 M706 66H720"/>',
@@ -214,7 +227,9 @@ def drawing(found: dict[str, dict[str, set[int]]], depth: int) -> str:
         '<circle cx="632" cy="66" r="6"/><path d="M632 62V70 M628 66H636"/>',
         '<path class="skip" d="M134 66V-2H384V60 M394 66V2H632V60"/>',
     ]
-    for part, x, y, width, label in [*BOXES, *(box for box in ADDED if box[0] in found)]:
+    added = [box for box in ADDED if box[0] in found]
+    lines += [f'<path d="{joins}"/>' for *_, joins in added]
+    for part, x, y, width, label in [*BOXES, *(box[:5] for box in added)]:
         touched = found.get(part, {})
         only_bias = set(touched) == {BIAS}
         kind = "head" if part == "head" else "trained" if touched and not only_bias else "plain"
@@ -227,10 +242,7 @@ def drawing(found: dict[str, dict[str, set[int]]], depth: int) -> str:
 
 
 def _default(value: Any) -> str:
-    if isinstance(value, Where):
-        where = "all blocks" if value.blocks is None else f"blocks {value.blocks}"
-        return f"roles {', '.join(value.roles)}; {where}"
-    return f"`{value!r}`"
+    return f"roles {', '.join(value.roles)}; all blocks" if isinstance(value, Where) else f"`{value!r}`"
 
 
 def _kind(field: dataclasses.Field[Any]) -> str:
@@ -242,7 +254,7 @@ def page(name: str, kind: type[Method]) -> str:
     """A method in Markdown: what its docstring says, and what follows from its plan."""
     vit = deltavit.anatomy(model(MODELS["ViT-B/16"]))
     method = kind()
-    made = deltavit.plan(model(MODELS["ViT-B/16"]), method)
+    made = planned(kind)
     found = parts(method, vit, made)
     depth = len(vit.blocks)
     text = (inspect.getdoc(kind) or "").partition("\n")[2].strip()
@@ -250,8 +262,10 @@ def page(name: str, kind: type[Method]) -> str:
         f"| {part} | {', '.join(sorted(kinds, reverse=True))} | {blocks(set().union(*kinds.values()), depth)} |"
         for part, kinds in sorted(found.items(), key=lambda item: _order(item[0]))
     ]
+    of_matrices = any(isinstance(edit, (Rewrite, Own)) for edit in made)
     fields = [
-        f"| `method.{f.name}` | {_kind(f)} | {_default(getattr(method, f.name))} |"
+        f"| `method.{f.name}` | {_kind(f)} "
+        f"| {'all blocks' if f.name == 'where' and not of_matrices else _default(getattr(method, f.name))} |"
         for f in dataclasses.fields(method)  # type: ignore[arg-type]
     ]
     out = [
@@ -273,10 +287,14 @@ def page(name: str, kind: type[Method]) -> str:
         "## Options",
         "\n".join(["| option | type | default |", "|---|---|---|", *fields]) if fields else "None.",
     ]
-    if any(f.name == "where" for f in dataclasses.fields(method)):  # type: ignore[arg-type]
+    names = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    if "where" in names and of_matrices:
         out.append("`method.where.roles` and `method.where.blocks` choose the sites, for instance "
-                   "`method.where.roles='[\"q\",\"v\"]' method.where.blocks=-1` for the last block alone.")  # fmt: skip
-    rank = " method.rank=4" if any(f.name == "rank" for f in dataclasses.fields(method)) else ""  # type: ignore[arg-type]
+                   f"`{chosen(method)}` for the last block alone.")  # fmt: skip
+    elif "where" in names:
+        out.append("`method.where.blocks` chooses the blocks, for instance `method.where.blocks=0` for the first one "
+                   "alone; roles have no meaning here.")  # fmt: skip
+    rank = " method.rank=4" if "rank" in names else ""
     out += [
         "## Use",
         f"```shell\ndeltavit plan --model vit_base_patch16_224 --method {name}{rank}\n"
@@ -284,6 +302,12 @@ def page(name: str, kind: type[Method]) -> str:
         f"Source: `{source(kind)}`, class `{kind.__name__}`.",
     ]
     return "\n\n".join(out) + "\n"
+
+
+def chosen(method: Method) -> str:
+    """Two of the roles that the method acts on by default, in the last block, as in the shell."""
+    roles = ",".join(f'"{role}"' for role in method.where.roles[-2:])  # type: ignore[attr-defined]
+    return f"method.where.roles='[{roles}]' method.where.blocks=-1"
 
 
 def _order(part: str) -> int:
@@ -300,12 +324,115 @@ def index() -> str:
                 "`--method lora method.rank=16` and `[method]` in a recipe build the same object. "
                 "The counts are of the body with default options; a head of `C` classes adds `C (D + 1)`.",
                 table("{name}.md"),
-                "`deltavit methods --model NAME` counts on any other model. Where a paper and its released code "
-                "differ, the method's page says which one this is.",
+                "*Merges*: the change can be written into the base's own weights. *Mixed batch*: all of the change "
+                "acts on activations, so each picture of a batch could have an adapter of its own; it says what a "
+                "method allows, and deltavit itself runs a whole batch with the same adapters.",
+                "`deltavit methods --model NAME` counts on any other model; "
+                "[which method fits which model](../support.md) is a page of its own. Where a paper and its released "
+                "code differ, the method's page says which one this is. Several methods can be "
+                "[composed](../composition.md).",
             ]
         )
         + "\n"
     )
+
+
+# --- which method fits which model -----------------------------------------------------------------------------------
+
+FAMILIES: dict[str, dict[str, str | tuple[str, str, dict[str, Any]]]] = {
+    "timm": {
+        "ViT": "vit_base_patch16_224",
+        "DeiT III": "deit3_base_patch16_224",
+        "DINOv2": "vit_base_patch14_reg4_dinov2",
+        "CLIP": "vit_base_patch16_clip_224",
+        "SigLIP": "vit_base_patch16_siglip_224",
+        "BEiT": "beit_base_patch16_224",
+        "EVA": "eva_large_patch14_196",
+        "EVA-02": "eva02_base_patch14_224",
+        "Swin": "swin_tiny_patch4_window7_224",
+        "Swin V2": "swinv2_tiny_window8_256",
+    },
+    "torchvision and open_clip": {
+        "torchvision ViT": "torchvision:vit_b_16",
+        "torchvision Swin": "torchvision:swin_t",
+        "torchvision Swin V2": "torchvision:swin_v2_t",
+        "open_clip CLIP": "open_clip:ViT-B-32",
+    },
+    "Hugging Face transformers": {
+        "ViT": ("ViTConfig", "ViTModel", {}),
+        "DINOv2": ("Dinov2Config", "Dinov2Model", {}),
+        "DINOv3": ("DINOv3ViTConfig", "DINOv3ViTModel", {"num_register_tokens": 4}),
+        "BEiT": ("BeitConfig", "BeitModel", {"use_relative_position_bias": True}),
+        "CLIP": ("CLIPVisionConfig", "CLIPVisionModel", {}),
+        "SigLIP": ("SiglipVisionConfig", "SiglipVisionModel", {}),
+    },
+}
+"""Column -> what it is built from: a name for `load_model`, or a configuration and a model of transformers."""
+
+
+def built(made_of: str | tuple[str, str, dict[str, Any]]) -> nn.Module:
+    """A whole model of full size, without weights."""
+    if isinstance(made_of, str):
+        return skeleton(made_of)
+    import transformers
+
+    config, kind, options = made_of
+    with torch.device("meta"):
+        return deltavit.load_model(getattr(transformers, kind)(getattr(transformers, config)(**options)))
+
+
+def reason(refusal: MethodError, method: str, vit: Anatomy) -> str:
+    """Why a method refuses a model, in words that do for any model of the kind."""
+    text = str(refusal).replace(vit.attn[0], "its attention").replace(vit.name, "the model")
+    return re.sub(rf"^{method} (on the model: )?", "", text)
+
+
+def support() -> str:
+    """Every method on every family: the count of the body, or the number of the reason why not."""
+    users: dict[str, set[str]] = defaultdict(set)
+    tables = []
+    for library, columns in FAMILIES.items():
+        cells: dict[str, list[str]] = {name: [] for name in deltavit.methods()}
+        for made_of in columns.values():
+            model = built(made_of)
+            for name, kind in deltavit.methods().items():
+                try:
+                    cells[name].append(f"{deltavit.plan(model, kind()).trainable_parameters:,}")
+                except MethodError as refusal:
+                    why = reason(refusal, name, deltavit.anatomy(model))
+                    users[why].add(name)
+                    cells[name].append(f"no ({list(users).index(why) + 1})")
+        tables.append("\n".join([
+            f"## {library}\n",
+            f"| method | {' | '.join(columns)} |",
+            f"|---|{'---:|' * len(columns)}",
+            *(f"| [`{name}`](methods/{name}.md) | {' | '.join(row)} |" for name, row in cells.items()),
+        ]))  # fmt: skip
+    sources = [
+        f"| {library} | {column} | {'`' + made_of + '`' if isinstance(made_of, str) else _from_config(*made_of)} |"
+        for library, columns in FAMILIES.items()
+        for column, made_of in columns.items()
+    ]
+    reasons = [f"{i}. {', '.join(f'`{n}`' for n in sorted(users[why]))}: {why}" for i, why in enumerate(users, 1)]
+    return "\n\n".join([
+        "# Which method fits which model",
+        "Made from the code: `deltavit.plan` of every method with its default options, on whole models of the usual "
+        "sizes without weights. A number is what trains in the body, the head apart; *no* has its reason [below]"
+        "(#reasons). The tests run the [contract](adding-a-method.md#the-contract) of every method on small models of "
+        "these families. [Models](models.md) says how each is loaded.",
+        *tables,
+        "## Reasons",
+        "\n".join(reasons),
+        "Where the reason lies in a role, the others may do: `fact-tt` takes EVA-02 with "
+        "`method.where.roles='[\"q\",\"k\",\"v\",\"o\"]'`. `deltavit plan` tries any setting on any model in a moment.",
+        "## The models",
+        "\n".join(["| library | column | built from |", "|---|---|---|", *sources]),
+    ]) + "\n"  # fmt: skip
+
+
+def _from_config(config: str, kind: str, options: dict[str, Any]) -> str:
+    given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"`{kind}({config}({given}))`"
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -356,6 +483,7 @@ def pages() -> dict[str, str]:
     return {
         "methods/index.md": index(),
         **{f"methods/{name}.md": page(name, kind) for name, kind in deltavit.methods().items()},
+        "support.md": support(),
         "cli.md": cli(),
     }
 

@@ -24,7 +24,12 @@ from deltavit.train.recipe import DataSection, ModelSection, read_recipe
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
-WRITTEN = [p for p in PAGES if p != DOCS / "cli.md" and p.parent != DOCS / "methods"]  # those are generated
+GENERATED = {
+    DOCS / "cli.md",
+    DOCS / "support.md",
+    *(DOCS / "methods" / f"{m}.md" for m in ["index", *deltavit.methods()]),
+}
+WRITTEN = [p for p in PAGES if p not in GENERATED]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 RUN = [
@@ -34,6 +39,9 @@ RUN = [
     "docs/data.md",
     "docs/training.md",
     "docs/adapter-file.md",
+    "docs/models.md",
+    "docs/composition.md",
+    "docs/interop.md",
 ]
 
 
@@ -110,11 +118,53 @@ def test_a_drawing_marks_what_the_plan_touches(gen):
 
     assert touched("lora") == {"q": {"weight"}, "v": {"weight"}}
     assert touched("kadaptation", bias=True) == {"q": {"weight", "bias"}, "v": {"weight", "bias"}}
+    assert touched("houlsby") == {"after attention": {"new module"}, "after the MLP": {"new module"}}
+    assert touched("convpass", which="attn") == {"beside attention": {"new module"}}
+    assert touched("adaptformer") == {"beside norm and the MLP": {"new module"}}
+    assert touched("vpt-deep") == {"new tokens": {"new module"}}
+    assert touched("lepe") == {"values": {"new module"}}
+    assert touched("rpb") == {"scores": {"new module"}}
+    assert touched("transformer-probing") == {"new block": {"new module"}}
     assert touched("layernorm", which="final") == {"final norm": {"weight", "bias"}}
     assert touched("bitfit", which="linear") == {r: {"bias"} for r in ("q", "k", "v", "o", "fc1", "fc2")}
     assert set(touched("full")) == {
         "patch", "tokens", "norm1", "q", "k", "v", "o", "norm2", "fc1", "fc2", "final norm",
     }  # fmt: skip
+
+
+def test_no_box_of_a_drawing_hides_another(gen):
+    for added in gen.ADDED:
+        part, x, y, width = added[:4]
+        for other, left, top, across, _ in gen.BOXES:
+            assert x + width <= left or left + across <= x or y + 28 <= top or top + 28 <= y, (part, other)
+
+
+def test_every_method_is_in_the_drawings_vocabulary(gen):
+    vit = deltavit.anatomy(gen.model("vit_base_patch16_224"))
+    boxes = {box[0] for box in [*gen.BOXES, *gen.ADDED]}
+    for kind in deltavit.methods().values():
+        assert set(gen.parts(kind(), vit, gen.planned(kind))) <= boxes, kind.name
+
+
+def test_the_choice_of_sites_on_a_methods_page_works(pages):
+    for method in deltavit.methods():
+        for text in re.findall(r"for instance `(method\.where[^`]*)`", pages[f"methods/{method}.md"]):
+            chosen = read_recipe(None, shlex.split(text), method={"name": method}).build_method()
+            assert deltavit.plan(deltavit.models.skeleton("vit_base_patch16_224"), chosen).trainable_parameters, text
+
+
+def test_the_support_page_has_every_method_and_a_reason_for_each_no(pages):
+    text = pages["support.md"]
+    for method in deltavit.methods():
+        assert text.count(f"| [`{method}`]") == 3  # one table a library, and one for the two small ones
+    said = {int(n) for n in re.findall(r"no \((\d+)\)", text)}
+    assert said == {int(n) for n in re.findall(r"^(\d+)\. `", text, re.MULTILINE)}
+    assert re.search(r"`vpt-deep`.*no \(\d+\) \|$", text, re.MULTILINE)
+    assert "vit_base" not in text.partition("## Reasons")[2].partition("## The models")[0]
+
+
+def test_the_readme_says_how_many_methods_there_are():
+    assert re.findall(r"(\d+) methods", (ROOT / "README.md").read_text("utf-8")) == [str(len(deltavit.methods()))]
 
 
 def rows(page):
@@ -164,7 +214,8 @@ def test_the_method_in_the_documents_keeps_the_contract():
     try:
         run(DOCS / "adding-a-method.md")
     finally:
-        deltavit.core.method._methods.pop("row-scale", None)
+        for method in ("row-scale", "gate"):
+            deltavit.core.method._methods.pop(method, None)
 
 
 def commands(path):
@@ -238,13 +289,12 @@ def test_every_test_that_the_readme_names_exists():
 @pytest.mark.parametrize("page", [*map(name, WRITTEN)])
 def test_links_inside_the_project_lead_somewhere(page):
     path = ROOT / page
-    generated = {DOCS / "cli.md", *(DOCS / "methods" / f"{m}.md" for m in ["index", *deltavit.methods()])}
     for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", path.read_text("utf-8"))):
         if "://" in link:
             continue
         file, _, anchor = link.partition("#")
         target = (path.parent / file).resolve() if file else path
-        assert target.exists() or target in generated, f"{page}: {link}"
+        assert target.exists() or target in GENERATED, f"{page}: {link}"
         if anchor and target.exists():
             titles = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w]+", "-", t.lower()).strip("-") for t in titles}, f"{page}: {link}"

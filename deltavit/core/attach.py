@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .edit import After, Before, Chain, Change, Edit, Own, Rewrite, Swap
+from .edit import After, Before, ByRows, Chain, Edit, Own, Rewrite, Swap
 from .errors import AdapterError, MethodError
 from .guests import (
     Around,
@@ -404,7 +404,7 @@ class Adapter:
             if any(c.alone for _, c in pieces):
                 raise MethodError(f"{self.method.name} on {site.name}: the order of these changes is not defined")
             change = Chain([c for _, c in pieces])
-        if site.kind == "norm" and not all(c.by_rows for _, c in pieces):
+        if site.kind == "norm" and not all(isinstance(c, ByRows) for _, c in pieces):
             raise MethodError(f"{self.method.name} changes matrices, and {site.name} is a norm, which has none")
         if site.tensor in self._own and any(c.input is not None and not c.rescales for _, c in pieces):
             raise MethodError(
@@ -434,7 +434,9 @@ class Adapter:
         if runs and matrices and whole and len({id(c) for _, c in pieces}) == 1 and pieces[0][1].input is not None:
             return [Guest(host, key, Inputs(pieces[0][1]), "before", pieces[0][0].block)]
         # a norm is rewritten by its two vectors, which costs no pass over the activations
-        sees = all(site.kind == "linear" or (site.kind == "conv" and _by_rows(change)) for site, change in pieces)
+        sees = all(
+            site.kind == "linear" or (site.kind == "conv" and isinstance(change, ByRows)) for site, change in pieces
+        )
         if runs and sees and all(change.output is not None for _, change in pieces):
             return [Guest(host, key, Outputs(pieces, len(original(host, param))), "after", pieces[0][0].block)]
         for site, change in pieces:
@@ -470,7 +472,7 @@ class Adapter:
 
     @contextmanager
     def noisy(self, sigma: float) -> Iterator[torch.Generator]:
-        """Inside the block, what the adapter adds is noisy in training (PACE, arXiv:2409.17137, Sec. 4).
+        """Inside the block, what the adapter adds is noisy in training (PACE, arXiv:2409.17137).
 
         The first block is left alone, then sigma falls in equal steps, from `sigma` in block 1 to sigma / (L-1) in the
         last.  Yields the generator that the noise is drawn from.
@@ -570,10 +572,6 @@ class Adapter:
 
 def _parametrized(host: nn.Module) -> dict[str, Any]:
     return dict(host.parametrizations.items()) if parametrize.is_parametrized(host) else {}  # type: ignore[union-attr, operator]
-
-
-def _by_rows(change: Change) -> bool:
-    return all(c.by_rows for c in [*change.adds, *change.scales]) if isinstance(change, Chain) else change.by_rows  # type: ignore[attr-defined]
 
 
 def _exact(t: Tensor) -> Tensor:

@@ -33,8 +33,6 @@ class Change(nn.Module, ABC):
     rescales: ClassVar[bool] = False
     """It multiplies what is there; else it adds what is computed from the pretrained W.  Where several methods rewrite
     one matrix, all increments are summed first, and rescales then multiply the sum."""
-    by_rows: ClassVar[bool] = False
-    """Each output is changed on its own, whatever the inputs: only such a change makes sense for a norm."""
     alone: ClassVar[bool] = False
     """It cannot be composed with another change of the same matrix."""
 
@@ -116,6 +114,36 @@ class LowRank(Change):
         up, down = self.factors()
         y = y + thin(thin(F.dropout(x, self.dropout, self.training), down), up).to(y.dtype)
         return y if self.shift is None else y + self.shift.to(y.dtype)
+
+
+class ByRows(Change):
+    """Each output on its own, whatever the inputs: W' = diag(gain) W and b' = gain b + shift; a leaf defines `affine`.
+
+    Only such a change makes sense for a norm, and only such a one acts on what a convolution puts out.
+    """
+
+    rescales = True
+
+    @abstractmethod
+    def affine(self) -> tuple[Tensor, Tensor | None]:
+        """(gain [out], shift [out] or None)."""
+
+    def weight(self, W: Tensor) -> Tensor:
+        return self.affine()[0][:, None] * W
+
+    def bias(self, b: Tensor, W: Tensor) -> Tensor:
+        return affine(b, *self.affine())
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return affine(y, *self.affine())
+
+
+def affine(y: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
+    """gain y + shift, in float32 over a half-precision y, whose steps around 1 are too coarse for a gain."""
+    if shift is not None and y.dtype == gain.dtype:
+        return torch.addcmul(shift, y, gain)  # one pass
+    new = gain * y
+    return (new if shift is None else new + shift).to(y.dtype)
 
 
 def thin(x: Tensor, factor: Tensor) -> Tensor:

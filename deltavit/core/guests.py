@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .edit import Change, LowRank, thin
+from .edit import ByRows, Change, LowRank, affine, thin
 from .site import Site
 
 Piece = tuple[Site, Change]
@@ -137,6 +137,12 @@ class Outputs(Silent):
         return y + in_rows(shifts, self.out).to(y.dtype) if shifts else y
 
     def _one_by_one(self, host: Any, x: Tensor, y: Tensor) -> Tensor:
+        changes: list[Any] = list(self.changes)
+        if all(isinstance(change, ByRows) for change in changes):
+            given = [change.affine() for change in changes]
+            gain = in_rows([(rows, g) for rows, (g, _) in zip(self.rows, given, strict=True)], self.out, 1.0)
+            shifts = [(rows, s) for rows, (_, s) in zip(self.rows, given, strict=True) if s is not None]
+            return affine(y, gain, in_rows(shifts, self.out) if shifts else None)
         parts, at = [], 0
         for (a, b), change in zip(self.rows, self.changes, strict=True):
             more = ()
@@ -166,21 +172,24 @@ class Outputs(Silent):
         return in_rows(list(zip(rows, wide, strict=True)), self.out)
 
 
-def in_rows(pieces: list[tuple[tuple[int, int], Tensor]], out: int) -> Tensor:
-    """[out, ...] with each piece in its rows, which are in rising order, and zeros in all others."""
+def in_rows(pieces: list[tuple[tuple[int, int], Tensor]], out: int, fill: float = 0.0) -> Tensor:
+    """[out, ...] with each piece in its rows, which are in rising order, and `fill` in all others."""
+    if len(pieces) == 1 and pieces[0][0] == (0, out):
+        return pieces[0][1]
     parts: list[Tensor] = []
     at = 0
     for (a, b), piece in pieces:
-        parts += [piece.new_zeros(a - at, *piece.shape[1:]), piece]
+        parts += [piece.new_full((a - at, *piece.shape[1:]), fill), piece]
         at = b
-    return torch.cat([*parts, pieces[-1][1].new_zeros(out - at, *pieces[-1][1].shape[1:])])
+    last = pieces[-1][1]
+    return torch.cat([*parts, last.new_full((out - at, *last.shape[1:]), fill)])
 
 
 @dataclass
 class Noise:
     """Multiplicative noise on what a guest adds: z ~ N(1, sigma^2) for each picture and channel.
 
-    Xiao et al. 2024, "PACE", arXiv:2409.17137.  It draws from a source of its own, so that two noisy passes can share
+    Ni et al. 2024, "PACE", arXiv:2409.17137.  It draws from a source of its own, so that two noisy passes can share
     all else that is random.
     """
 

@@ -134,8 +134,8 @@ class Houlsby(SerialInBlocks):
     kaiming-uniform, up and both biases zero.  Trains 2L(2Dr + r + D) numbers: 313,536 for r=8 on ViT-B/16.
     `norm=True` puts a trained LayerNorm, 2D numbers, before down; dropout acts on the r numbers.
 
-    Departure from the paper: the start is the base exactly, not nearly (there both matrices are N(0, 0.01^2)), and the
-    model's own norms stay frozen.
+    Departure from the paper: the start is the base exactly, not nearly (there both matrices are drawn from a truncated
+    N(0, 0.01^2)), and the model's own norms stay frozen.
 
     Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751, Section 2.1.
     """
@@ -154,12 +154,13 @@ class Pfeiffer(SerialInBlocks):
     $$y' = y + s\,(W_{up}\,\sigma(W_{down}\,y + b_{down}) + b_{up}), \qquad y = \text{MLP}(\text{LN}\,x)$$
 
     As Houlsby's, with one adapter a block.  Trains L(2Dr + r + D) numbers: 156,768 for r=8 on ViT-B/16.
-    `norm=True`, `act="relu"` and r=64 are the adapter of He et al. 2022 (arXiv:2203.16329), 1,208,064.
+    `norm=True`, `act="relu"` and r=64 are the adapter in the code of He et al. 2022 (PEViT, arXiv:2203.16329),
+    1,208,064.
 
     Departures from released code: there VPT starts both matrices at zero, so that only the bias of up ever trains, and
-    PEViT computes the MLP twice.
+    PEViT draws both from N(0, 0.02^2) and computes the MLP twice.
 
-    Pfeiffer et al. 2021, "AdapterFusion", arXiv:2005.00247, Section 3.
+    Pfeiffer et al. 2021, "AdapterFusion: Non-Destructive Task Composition for Transfer Learning", arXiv:2005.00247.
     """
 
     paper = "arXiv:2005.00247"
@@ -179,9 +180,10 @@ class AdapterDrop(_Serial):
     numbers: 99,136 for k=1, r=64 on ViT-B/16, and 100,672 with `norm=True`, which is what the Kronecker paper's
     published count (230,633 with head) decodes to.
 
-    Departure from the paper: adapters are left out for good, not dropped at random in each training step.
+    This is the paper's specialized AdapterDrop, with a fixed k; its robust one, which draws k anew for each training
+    batch, is not here.
 
-    Rueckle et al. 2021, "AdapterDrop", arXiv:2010.11918, Section 3.
+    Rueckle et al. 2021, "AdapterDrop: On the Efficiency of Adapters in Transformers", arXiv:2010.11918, Section 3.
     """
 
     paper = "arXiv:2010.11918"

@@ -24,15 +24,15 @@ class AdaptFormer(Method):
 
     $$x' = x + \text{MLP}(\text{LN}\,x) + s\,(W_{up}\,\text{ReLU}(W_{down}\,x + b_{down}) + b_{up})$$
 
-    It reads the residual stream x before the norm of the MLP, not after it.  down is kaiming-uniform, up and both
-    biases zero.  Trains L(2Dr + r + D) numbers: 1,189,632 for r=64 on ViT-B/16, and 156,768 for r=8; `bias=False`
-    takes both biases away, 147,456 for r=8.  `learnable=True` trains s as well, one number a block; dropout acts on
-    the r numbers.
+    As in the released code, it reads the residual stream x before the norm of the MLP, not after it.  down is
+    kaiming-uniform, up and both biases zero.  Trains L(2Dr + r + D) numbers: 1,189,632 for r=64 on ViT-B/16, and
+    156,768 for r=8; `bias=False` takes both biases away, 147,456 for r=8.  `learnable=True` trains s as well, one
+    number a block; dropout acts on the r numbers.
 
     Departures from the released code: dropout is 0 by default, not 0.1; a learnable s starts at `scale`, not at 1; the
     sum is taken before a LayerScale, where the model has one.
 
-    Chen et al. 2022, arXiv:2205.13535, Eq. 2 and 3.
+    Chen et al. 2022, arXiv:2205.13535.
     """
 
     paper = "arXiv:2205.13535"

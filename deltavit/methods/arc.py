@@ -100,8 +100,9 @@ class ARC(ChosenInit):
     48,216 before attention alone, where.roles=q,k,v, the paper's ARC_att.  b does not reach a matrix without a bias,
     so that all of it merges.
 
-    Departures from the released code: there c is xavier-uniform before the MLP (`init="paper"`), so that the model does
-    not start as the pretrained one; dropout, on the r numbers, is 0 by default, not 0.1.
+    Departures from the released code: one version of it draws c xavier-uniform before the MLP (`init="paper"`), so that
+    the model does not start as the pretrained one, another has zero as here; dropout, on the r numbers, is 0 by
+    default, not 0.1.
 
     Dong et al. 2023, arXiv:2310.06234.
     """

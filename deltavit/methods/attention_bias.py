@@ -1,6 +1,7 @@
 """Positions inside attention: LePE on its values, RPB on its scores.
 
-Compared in He et al. 2022, "Parameter-efficient Fine-tuning for Vision Transformers", arXiv:2203.16329, Table 2.
+Compared in He et al. 2022, "Parameter-efficient Fine-tuning for Vision Transformers", arXiv:2203.16329v1,
+Table 2.
 Letters: H heads, D width, d width of a head, h x w the grid of patches, or the window where attention has windows.
 Patches are the last h w tokens; what stands before them (class token, registers, prompts) has no place in the grid.
 """

@@ -1,6 +1,6 @@
 """Compacter: adapters whose matrices are sums of Kronecker products.
 
-Karimi Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", arXiv:2106.04647, Eq. 6.
+Karimi Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", arXiv:2106.04647, Eq. 5.
 Letters: n products, D width, L blocks, r the width of the bottleneck.
 """
 
@@ -71,7 +71,7 @@ class Compacter(SerialInBlocks):
     Departures from the released code: there A is N(0, 0.01^2) for a start near the base, which slows its gradients and
     is not needed where s of up is zero; PEViT freezes A, by a name filter.  The model's own norms stay frozen.
 
-    Karimi Mahabadi et al. 2021, arXiv:2106.04647, Eq. 6.
+    Karimi Mahabadi et al. 2021, arXiv:2106.04647, Eq. 5.
     """
 
     paper = "arXiv:2106.04647"

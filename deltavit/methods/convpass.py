@@ -64,13 +64,13 @@ class Convpass(Method):
     f is attention or the MLP; the bypass reads what f reads.  The class token and registers are convolved each alone;
     where attention has windows, the patches of a window are the map.  down is xavier-uniform, up and all biases zero,
     the convolution the identity (`init="identity"`) or xavier-uniform.  Trains 2L(2Dr + r + D + 9r^2 + r) numbers:
-    327,552 for r=8 on ViT-B/16; `which="attn"` is half of it.  The paper chooses s, and the init, for each data set;
-    dropout acts before up.
+    327,552 for r=8 on ViT-B/16; `which="attn"` is half of it.  The released configurations choose s, and the init,
+    for each data set; dropout acts before up.
 
-    Departures from the released code: dropout is 0 by default, not 0.1; the sum is taken before a LayerScale, where the
-    model has one.
+    Departures from the released code: dropout is 0 by default, not 0.1; beside attention with windows it convolves the
+    whole map; the sum is taken before a LayerScale, where the model has one.
 
-    Jie and Deng 2022, arXiv:2207.07039, Section 3.2.
+    Jie and Deng 2022, arXiv:2207.07039.
     """
 
     paper = "arXiv:2207.07039"

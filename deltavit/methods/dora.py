@@ -38,16 +38,16 @@ class Decomposed(Change):
 
     def output(self, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None) -> Tensor:  # type: ignore[override]
         delta = thin(thin(F.dropout(x, self.dropout, self.training), self.down), self.scale * self.up)
-        product = y if b is None else y - b
-        new = self._ratio(W) * (product + delta)
-        return (new if b is None else new + b).to(y.dtype)
+        ratio = self._ratio(W)
+        # the change is added to y, so that half precision rounds the change and not all of y again
+        return y + ((ratio - 1) * (y if b is None else y - b) + ratio * delta).to(y.dtype)
 
     def _ratio(self, W: Tensor) -> Tensor:
         """magnitude |W| / |V|, without V: |V|^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B, B A A^T>, row by row."""
-        with torch.no_grad():  # the norm is a constant to the gradient, as in Section 4.3
+        with torch.no_grad(), torch.autocast(W.device.type, enabled=False):  # a constant to the gradient
             up, down = self.scale * self.up, self.down
             old = torch.linalg.vector_norm(W, dim=1, dtype=down.dtype).square()
-            new = old + (up * (2 * thin(W, down).to(down.dtype) + up @ (down @ down.t()))).sum(1)
+            new = old + (up * (2 * W.to(down.dtype) @ down.t() + up @ (down @ down.t()))).sum(1)
             tiny = torch.finfo(down.dtype).tiny  # a row of zeros stays one
             ratio = (old / new.clamp_min(tiny)).sqrt()
         return self.magnitude * ratio  # type: ignore[no-any-return]
@@ -67,7 +67,7 @@ class DoRA(Method):
     any length.  The paper's step in m is ours times ||W|| under Adam, times its square under SGD.  The change is not
     composed with others of the same matrix, for it normalises their sum.
 
-    Liu et al. 2024, arXiv:2402.09353, Section 4.
+    Liu et al. 2024, arXiv:2402.09353, Eq. 5; the constant norm: Section 4.3.
     """
 
     paper = "arXiv:2402.09353"

@@ -137,12 +137,13 @@ class FacTTT(_FacT):
 
     U and V are shared by all slices of all layers, each slice j has its own core.  U and the cores are drawn as
     nn.Linear draws, V is zero; biases are frozen.  Trains 2Dr + 12Lr^2 numbers: 61,440 for r=16 on ViT-B/16, and 8,448
-    for r=4, the paper's 8K version.  `scale` is the hyper-parameter that matters most (the paper uses 0.01 to 100);
-    choose it on validation images.
+    for r=4, which fits the paper's 8K version.  `scale` is the hyper-parameter that matters most (the released
+    configurations have 0.01 to 100); choose it on validation images.
 
-    Departure from the released code: dropout is 0 by default, not 0.1.
+    Departures from the released code: dropout is 0 by default, not 0.1; each core of fc2 is drawn alone, there the four
+    of a block as one matrix, which makes them half as large.
 
-    Jie and Deng 2023, arXiv:2212.03145, Eq. 5.
+    Jie and Deng 2023, arXiv:2212.03145.
     """
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
@@ -165,7 +166,7 @@ class FacTTK(_FacT):
     Departures from the released code: its reshape of the fc1 and fc2 cores interleaves the slices, ours keeps them
     apart; dropout is 0 by default, not 0.1.
 
-    Jie and Deng 2023, arXiv:2212.03145, Eq. 6.
+    Jie and Deng 2023, arXiv:2212.03145.
     """
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:

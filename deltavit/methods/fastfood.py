@@ -134,7 +134,7 @@ class Fastfood(Method):
     Departure from released code (Aghajanyan et al., Compacter): there the gradient of each transform has a factor
     1/sqrt(n) too many, which Adam does not see but SGD does.  Here the gradient is exact.
 
-    Aghajanyan et al. 2021, arXiv:2012.13255, Section 2; for Vision Transformers: He et al. 2022, arXiv:2203.16329.
+    Aghajanyan et al. 2021, arXiv:2012.13255; for Vision Transformers: He et al. 2022, arXiv:2203.16329.
     """
 
     paper = "arXiv:2012.13255"

@@ -36,20 +36,32 @@ class Householder(Change):
         self.normalise = normalise
 
     def weight(self, W: Tensor) -> Tensor:
-        return W + self._increment(torch.eye(W.shape[1], dtype=W.dtype, device=W.device)).t()
+        up, down = self._factors()
+        out, inp = W.shape
+        return (
+            W + F.pad(torch.diag(self.diagonal), (0, inp - len(self.diagonal), 0, out - len(self.diagonal))) + up @ down
+        )
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
-        return y + self._increment(x).to(y.dtype)
+        up, down = self._factors()
+        n = len(self.diagonal)
+        straight = F.pad(x[..., :n] * self.diagonal.to(x.dtype), (0, len(self.left) - n))
+        return y + (straight + thin(thin(x, down), up)).to(y.dtype)
 
-    def _increment(self, x: Tensor) -> Tensor:  # [..., i] -> [..., o]
-        d = self.diagonal.to(x.dtype)
-        z = F.pad(self._reflect(x, self.right)[..., : len(d)] * d, (0, len(self.left) - len(d)))
-        z = self._reflect(z, self.left)
-        return z if self.up is None or self.down is None else z + thin(thin(x, self.down), self.up).to(z.dtype)
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The increment without its diagonal d, which is of rank 2 + r.
 
-    def _reflect(self, x: Tensor, v: Tensor) -> Tensor:
-        by = 2 * v / v.square().sum() if self.normalise else v
-        return x - (x * v.to(x.dtype)).sum(-1, keepdim=True) * by.to(x.dtype)
+        (I - a l l^T) d (I - b r r^T) = d - a l (l^T d) + (a b (l^T d r) l - b d r) r^T; up [o, 2 + r], down [2 + r, i].
+        """
+        left, right, d = self.left, self.right, self.diagonal
+        a, b = (2 / v.square().sum() if self.normalise else 1.0 for v in (left, right))
+        n = len(d)
+        ld, dr = F.pad(left[:n] * d, (0, len(right) - n)), F.pad(d * right[:n], (0, len(left) - n))
+        ups, downs = [-a * left, a * b * (left @ dr) * left - b * dr], [ld, right]
+        up, down = torch.stack(ups, 1), torch.stack(downs)
+        if self.up is None or self.down is None:
+            return up, down
+        return torch.cat([up, self.up], 1), torch.cat([down, self.down])
 
 
 @register("hta")

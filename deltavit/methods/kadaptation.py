@@ -1,6 +1,7 @@
 """Kronecker Adaptation: a weight increment that is a sum of Kronecker products.
 
-He et al. 2022, "Parameter-efficient Fine-tuning for Vision Transformers", arXiv:2203.16329v1, Eq. 4.
+He et al. 2022, "Parameter-efficient Fine-tuning for Vision Transformers", arXiv:2203.16329v1, Eq. 4;
+its later versions are called "Parameter-efficient Model Adaptation for Vision Transformers".
 Letters: n products, r rank, o x i the weight's shape.
 """
 
@@ -79,7 +80,7 @@ class KAdaptation(Method):
     are zero for ever and only the bias trains; its scale is 160; a missing transpose mixes the images of a batch.
     The parameter formula in the paper's Table 1 divides by n where it must not; ours counts what trains.
 
-    He et al. 2022, arXiv:2203.16329, Eq. 4.
+    He et al. 2022, arXiv:2203.16329v1, Eq. 4.
     """
 
     paper = "arXiv:2203.16329"

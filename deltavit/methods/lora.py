@@ -46,7 +46,7 @@ class LoRA(Method):
     A is kaiming-uniform, B zero; biases are frozen.  Trains r(o + i) numbers a site: 294,912 for r=8 on q and v of
     ViT-B/16.  `scale` is s = alpha / r of the paper; it differs 30-fold between released codes, and is 1 here.
 
-    Hu et al. 2021, arXiv:2106.09685.
+    Hu et al. 2021, arXiv:2106.09685, Section 4.1.
     """
 
     paper = "arXiv:2106.09685"
@@ -73,7 +73,7 @@ class LoRAFix(Method):
     A is drawn from the seed and never trains, B starts at zero.  Half of LoRA's numbers: 73,728 for r=4 on q and v of
     ViT-B/16.  The file keeps B, the seed and a hash of A, and refuses to load where the seed draws another A.
 
-    Compared in He et al. 2022, arXiv:2203.16329, Table 2.
+    Compared in He et al. 2022, arXiv:2203.16329v1, Table 2.
     """
 
     paper = "arXiv:2203.16329"

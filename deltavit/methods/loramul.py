@@ -96,6 +96,9 @@ class VPTAdd(_OfPACE):
     P_u is xavier-uniform, P_d zero; matrices that read one input share p.  Trains r(i + 1) numbers an input: 645,600
     for r=10 on ViT-B/16.  p moves the bias by W p, so a matrix without one does not see it.
 
+    Departures from the released code: there the long factor, of i x r numbers, is zero and the short one is drawn; and
+    a matrix without a bias gets one.
+
     Ni et al. 2024, arXiv:2409.17137.
     """
 

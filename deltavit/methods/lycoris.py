@@ -62,7 +62,7 @@ class LoHa(Method):
     Its rank is r^2.  All are drawn as nn.Linear draws but B_2, which is zero.  Trains 2r(o + i) numbers a site: 294,912
     for r=4 on q and v of ViT-B/16, as many as LoRA with r=8.
 
-    Hyeon-Woo et al. 2022, arXiv:2108.06098, Proposition 1; Yeh et al. 2024, arXiv:2309.14859.
+    Hyeon-Woo et al. 2022, arXiv:2108.06098; Yeh et al. 2024, arXiv:2309.14859.
     """
 
     paper = "arXiv:2108.06098"

@@ -80,7 +80,7 @@ class PartialK(Method):
 
     Every tensor of the `last` blocks and of the norms after them: 7,089,408 numbers for the last block of ViT-B/16.
 
-    The baseline Partial-1 of Jia et al. 2022, "Visual Prompt Tuning", arXiv:2203.12119, Section 4.1.
+    The baseline Partial-1 of Jia et al. 2022, "Visual Prompt Tuning", arXiv:2203.12119.
     """
 
     paper = "arXiv:2203.12119"

@@ -51,7 +51,7 @@ class TransformerProbing(Method):
     Departure from the published count (3,236,521 with head, a block of width 512 on the output of CLIP for every
     model): the width is the model's.
 
-    Compared in He et al. 2022, arXiv:2203.16329, Table 2.
+    Compared in He et al. 2022, arXiv:2203.16329v1, Table 2.
     """
 
     paper = "arXiv:2203.16329"

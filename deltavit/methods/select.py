@@ -50,7 +50,7 @@ class BitFit(Method):
     `which="linear"`: those of the blocks' linear layers alone, 82,944.  The bias of k is among them although softmax
     cannot see it, as in all released code, so that counts agree.
 
-    Ben Zaken et al. 2022, "BitFit", arXiv:2106.10199; sites as in VPT's and PEViT's code.
+    Ben Zaken et al. 2022, "BitFit", arXiv:2106.10199; sites as in VPT's code.
     """
 
     paper = "arXiv:2106.10199"
@@ -73,7 +73,7 @@ class LayerNorm(Method):
     `which="final"`: the last one only, 1,536, which is what the Kronecker paper's published count (131,497 with head)
     decodes to.  `which="outer"`: those outside the blocks, 3,072 on a CLIP tower, that table's other count.
 
-    Compared in He et al. 2022, arXiv:2203.16329, Table 2.
+    Compared in He et al. 2022, arXiv:2203.16329v1, Table 2.
     """
 
     paper = "arXiv:2203.16329"

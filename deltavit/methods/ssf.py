@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.edit import Change, Edit, Rewrite
+from ..core.edit import ByRows, Edit, Rewrite
 from ..core.method import Method, register
 from ..core.site import NORM, PATCH, ROLES, Anatomy, Site, Where
 
@@ -20,14 +20,11 @@ AROUND = 0.02
 """Standard deviation of the paper's init, N(1, 0.02) for a scale and N(0, 0.02) for a shift."""
 
 
-class Rescale(Change):
-    """Each output times a number of its own, plus another: W' = diag(g) W, b' = g b + shift, from g = 1, shift = 0.
+class Rescale(ByRows):
+    """Each output times a number of its own, plus another, from gain = 1, shift = 0.
 
     A site without a bias has no shift: there would be nothing to merge it into.
     """
-
-    by_rows = True
-    rescales = True
 
     def __init__(self, site: Site, shift: bool = True, std: float = 0.0):
         super().__init__()
@@ -36,15 +33,8 @@ class Rescale(Change):
         self.gain = nn.Parameter(1 + std * torch.randn(out))  # [o]
         self.shift = nn.Parameter(std * torch.randn(out)) if shift and self.biased else None  # [o]
 
-    def weight(self, W: Tensor) -> Tensor:
-        return self.gain[:, None] * W
-
-    def bias(self, b: Tensor, W: Tensor) -> Tensor:
-        return self.output(W, b)  # an output like any other
-
-    def output(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
-        new = self.gain * y  # in float32 over a half-precision y, whose steps around 1 are too coarse for a gain
-        return (new if self.shift is None else new + self.shift).to(y.dtype)
+    def affine(self) -> tuple[Tensor, Tensor | None]:
+        return self.gain, self.shift
 
     @property
     def moves_bias(self) -> bool:

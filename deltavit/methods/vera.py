@@ -56,7 +56,7 @@ class VeRA(Method):
     `start`, 0.1.  Trains r + o numbers a site: 24,576 for r=256 on q and v of ViT-B/16.  The file keeps b, d, the seed
     and a hash of A and B.
 
-    Kopiczko et al. 2023, arXiv:2310.11454, Eq. 2.
+    Kopiczko et al. 2023, arXiv:2310.11454.
     """
 
     paper = "arXiv:2310.11454"

@@ -1,6 +1,6 @@
 """Visual prompts: learned tokens among those of the picture.
 
-Jia et al. 2022, "Visual Prompt Tuning", arXiv:2203.12119, Section 3.2.
+Jia et al. 2022, "Visual Prompt Tuning", arXiv:2203.12119.
 Letters: p prompts, D width, L blocks, h side of a patch in pixels.
 """
 
@@ -80,7 +80,7 @@ class VPTShallow(_VPT):
     Departure from the released code: the prompts leave before the final norm, not after it, so that a head which reads
     all tokens does not read them; for one that reads the class token this is the same.
 
-    Jia et al. 2022, arXiv:2203.12119, Section 3.2.
+    Jia et al. 2022, arXiv:2203.12119.
     """
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
@@ -97,7 +97,7 @@ class VPTDeep(_VPT):
     As VPT-shallow, but each block has prompts of its own, in whose places those of the block before have left.  Trains
     L p D numbers: 92,160 for p=10 on ViT-B/16.
 
-    Jia et al. 2022, arXiv:2203.12119, Section 3.2.
+    Jia et al. 2022, arXiv:2203.12119.
     """
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
