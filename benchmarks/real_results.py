@@ -30,7 +30,7 @@ from deltavit.train.recipe import read_recipe
 
 STEPS = [1e-3, 3e-3, 1e-2]
 COPIED = [1e-4, 3e-4, 1e-3]
-"""Grids of methods with small new parts, and of those that train the model's own matrices; three steps a decade."""
+"""Grids of methods with small new parts, and of those that train the model's own matrices."""
 PARTIAL = [
     "attention",
     "ffn",
@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], list[float], list[float]]] = {
     "SSF": ("ssf", {}, STEPS, []),
     "AdaptFormer r64": ("adaptformer", {"rank": 64}, STEPS, [0.01, 1.0]),
     "Convpass h8": ("convpass", {"rank": 8}, STEPS, [0.1, 10.0]),
-    **{f"partial {s}": ("partial", {"strategy": s}, COPIED[:2], []) for s in PARTIAL},
+    **{f"partial {s}": ("partial", {"strategy": s}, [1e-4], []) for s in PARTIAL},
 }
 
 
@@ -150,12 +150,19 @@ def measure(chosen: argparse.Namespace) -> None:
     for method in dict.fromkeys(["linear probing", *wanted]):
         _, _, grid, scales = METHODS[method]
         tried: list[dict[str, Any]] = []
-        for lr in grid:  # rising; past its best by 5 points, a method only gets worse
+        if (
+            len(grid) == 1
+        ):  # the partial strategies take the rate of attention and full fine-tuning, which both chose it
+            tried.append({"lr": grid[0], "val": 0.0, "options": METHODS[method][1]})
+        for lr in grid if len(grid) > 1 else []:  # rising; past its best by 5 points, a method only gets worse
             tried.append(one(sets[0], method, lr, lr if head_lr is None else head_lr, 0, False, None))
             if tried[-1]["val"] < max(r["val"] for r in tried) - 0.05:
                 break
         best = max(tried, key=lambda r: r["val"])
-        while len(tried) < len(grid) + 1 and best["lr"] in (min(r["lr"] for r in tried), max(r["lr"] for r in tried)):
+        while 1 < len(tried) < len(grid) + 1 and best["lr"] in (
+            min(r["lr"] for r in tried),
+            max(r["lr"] for r in tried),
+        ):
             up = best["lr"] == max(r["lr"] for r in tried)
             lr = _next(best["lr"], up)
             tried.append(one(sets[0], method, lr, lr if head_lr is None else head_lr, 0, False, None))

@@ -24,7 +24,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
     json: o.Json = False,
 ) -> None:
-    """Write base and adapter as one plain safetensors file, which timm loads without deltavit.
+    """Write base and adapter as one plain safetensors file, which needs no deltavit; a timm model loads in timm.
 
     deltavit merge --adapter runs/flowers/adapter.safetensors --out flowers.safetensors
     """

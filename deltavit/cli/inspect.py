@@ -73,9 +73,14 @@ def methods(
 def plan(
     changes: o.Changes = None,
     model: Annotated[
-        str, typer.Option("--model", help="timm name, vit_pico or tiny; no weights are needed.")
+        str,
+        typer.Option(
+            "--model", help="timm name, vit_pico, tiny, open_clip:NAME, torchvision:NAME; no weights are needed."
+        ),
     ] = "vit_pico",
-    method: Annotated[str, typer.Option("--method", help="Name from `deltavit methods`.")] = "lora",
+    method: Annotated[
+        str, typer.Option("--method", help="Name from `deltavit methods`, or several: lora+bitfit.")
+    ] = "lora",
     classes: Annotated[int, typer.Option(min=1, help="Classes of the head.")] = 100,
     image_size: o.Size = None,
     json: o.Json = False,

@@ -10,7 +10,9 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
 Model = Annotated[
     Optional[str],  # noqa: UP045  (typer reads it)
-    typer.Option("--model", help="timm name such as vit_base_patch16_224.augreg_in21k, or vit_pico, in the package."),
+    typer.Option(
+        "--model", help="timm name, or vit_pico (in the package), or hf:NAME, open_clip:NAME, torchvision:NAME."
+    ),
 ]
 Weights = Annotated[
     Optional[str],  # noqa: UP045
@@ -18,7 +20,9 @@ Weights = Annotated[
 ]
 MethodName = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--method", help="Name from `deltavit methods`; its options follow as method.KEY=VALUE."),
+    typer.Option(
+        "--method", help="Name from `deltavit methods`, or several, lora+bitfit; options follow as method.KEY=VALUE."
+    ),
 ]
 Size = Annotated[
     Optional[int],  # noqa: UP045

@@ -146,9 +146,18 @@ def affine(y: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
     return (new if shift is None else new + shift).to(y.dtype)
 
 
-def thin(x: Tensor, factor: Tensor) -> Tensor:
-    """x @ factor^T in x's precision (a factor stays fp32 over a half-precision base), or autocast's where it is on."""
-    return F.linear(x, factor if torch.is_autocast_enabled(x.device.type) else factor.to(x.dtype))
+def thin(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x factor^T + bias in x's precision (factors stay fp32 over a half-precision base), or in autocast's."""
+    if not torch.is_autocast_enabled(x.device.type):
+        factor, bias = factor.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return F.linear(x, factor, bias)
+
+
+def add_thin(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """y + (x down^T) up^T: x [..., in], y [..., out], up [out, R], down [R, in]."""
+    h = thin(x, down)
+    flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype), up.to(y.dtype).t())
+    return flat.view(y.shape)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .edit import ByRows, Change, LowRank, affine, thin
+from .edit import ByRows, Change, LowRank, add_thin, affine
 from .site import Site
 
 Piece = tuple[Site, Change]
@@ -200,13 +200,6 @@ class Noise:
         size = (len(old), *[1] * (old.ndim - 2), old.shape[-1])
         z = torch.randn(size, dtype=old.dtype, device=old.device, generator=self.source)
         return old + (1 + self.sigma * z) * (new - old)
-
-
-def add_thin(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """y + (x down^T) up^T: x [..., in], y [..., out], up [out, R], down [R, in]."""
-    h = thin(x, down)
-    flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype), up.to(y.dtype).t())
-    return flat.view(y.shape)
 
 
 class FrozenPlusThin(torch.autograd.Function):

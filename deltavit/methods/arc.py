@@ -66,8 +66,7 @@ class Serial(Change):
 
     def input(self, x: Tensor) -> Tensor:  # type: ignore[override]
         (up, down), offset = self.factors(), self.offset()
-        x = x + thin(F.dropout(thin(x, down), self.dropout, self.training), up).to(x.dtype)
-        return x if offset is None else x + offset.to(x.dtype)
+        return x + thin(F.dropout(thin(x, down), self.dropout, self.training), up, offset).to(x.dtype)
 
 
 class Recomposed(Serial):

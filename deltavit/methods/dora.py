@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.edit import Change, Edit, Rewrite, thin
+from ..core.edit import Change, Edit, Rewrite, add_thin, affine
 from ..core.method import Method, positive, register
 from ..core.site import Anatomy, Where
 from .fact import linear_init
@@ -37,10 +37,10 @@ class Decomposed(Change):
         return self._ratio(W)[:, None] * (W + self.scale * self.up @ self.down)
 
     def output(self, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None) -> Tensor:  # type: ignore[override]
-        delta = thin(thin(F.dropout(x, self.dropout, self.training), self.down), self.scale * self.up)
         ratio = self._ratio(W)
-        # the change is added to y, so that half precision rounds the change and not all of y again
-        return y + ((ratio - 1) * (y if b is None else y - b) + ratio * delta).to(y.dtype)
+        turned = affine(y, ratio, None if b is None else (1 - ratio) * b)  # ratio (y - b) + b
+        x = F.dropout(x, self.dropout, self.training)
+        return add_thin(x, turned, (ratio * self.scale)[:, None] * self.up, self.down)
 
     def _ratio(self, W: Tensor) -> Tensor:
         """magnitude |W| / |V|, without V: |V|^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B, B A A^T>, row by row."""

@@ -39,8 +39,8 @@ class Prompted(Change):
 
     def __init__(self, rank: int, inp: int):
         super().__init__()
-        self.weights = nn.Parameter(torch.zeros(1, rank))
-        self.prompts = xavier(rank, inp)
+        self.weights = xavier(1, rank)
+        self.prompts = nn.Parameter(torch.zeros(rank, inp))  # zero: p = 0 at the start
 
     def weight(self, W: Tensor) -> Tensor:
         return W
@@ -93,11 +93,10 @@ class VPTAdd(_OfPACE):
 
     $$y = W (x + p) + b, \qquad p = P_d P_u, \qquad P_d \in \mathbb{R}^{1 \times r},\ P_u \in \mathbb{R}^{r \times i}$$
 
-    P_u is xavier-uniform, P_d zero; matrices that read one input share p.  Trains r(i + 1) numbers an input: 645,600
+    P_d is xavier-uniform, P_u zero; matrices that read one input share p.  Trains r(i + 1) numbers an input: 645,600
     for r=10 on ViT-B/16.  p moves the bias by W p, so a matrix without one does not see it.
 
-    Departures from the released code: there the long factor, of i x r numbers, is zero and the short one is drawn; and
-    a matrix without a bias gets one.
+    Departure from the released code: there a matrix without a bias gets one.
 
     Ni et al. 2024, arXiv:2409.17137.
     """
