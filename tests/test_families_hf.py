@@ -468,3 +468,28 @@ def test_open_clip_weights_from_a_file(tmp_path):
     with pytest.raises(ModelError, match=r"w.safetensors does not fit small-test: 1 tensors missing, ln_post.weight"):
         deltavit.load_model("open_clip:small-test", path)
     assert F.mse_loss(*(deltavit.load_model("open_clip:small-test", "random")(x) for _ in range(2))) == 0
+
+
+def test_a_merged_tower_is_a_file_of_its_own_library(tmp_path):
+    from safetensors.torch import load_file
+
+    from deltavit.train.merge import merge_to_file
+
+    raw = huggingface_model("hf vit")
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = deltavit.load_model(raw)
+    adapter = deltavit.attach(model, "lora", classes=3)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        expected = model(x)
+    merge_to_file(model, adapter, tmp_path / "merged.safetensors")
+    state = load_file(tmp_path / "merged.safetensors")
+    head = torch.nn.Linear(24, 3)
+    head.load_state_dict({n.removeprefix("head."): state.pop(n) for n in ("head.weight", "head.bias")})
+    fresh = huggingface_model("hf vit")
+    left = fresh.load_state_dict(state, strict=False)
+    assert not left.unexpected_keys
+    with torch.no_grad():
+        found = head(fresh(x).last_hidden_state[:, 0])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

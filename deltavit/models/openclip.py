@@ -31,7 +31,8 @@ def wrap(model: nn.Module, normalize: bool = False, name: str = "") -> Tower:
     visual: Any = getattr(model, "visual", model)
     kind = type(visual).__name__
     if kind not in TOWERS:
-        raise ModelError(f"{type(model).__name__} is refused: its image tower is a {kind}, and deltavit knows {TOWERS}")
+        known = ", ".join(TOWERS)
+        raise ModelError(f"{type(model).__name__} is refused: its image tower is a {kind}, and deltavit knows {known}")
     said = getattr(visual, "preprocess_cfg", None) or {}
     if kind == "TimmModel":
         features = _out_features(visual)
