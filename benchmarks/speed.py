@@ -109,7 +109,7 @@ CANDIDATES: dict[str, tuple[Build, float | None]] = {
 }
 """What is run, and the most that it may cost over the limit on ViT-B/16.  PEFT cannot tell q and v in a fused
 projection apart, so it gets the whole of it with one A, which is less work than ours."""
-GROUP = 12
+GROUP = 8
 
 BARS = [
     ("lora q,v r8", "PEFT LoRA qkv r8", 1.0),
@@ -195,49 +195,59 @@ def measure(model: str, chosen: argparse.Namespace, device: torch.device) -> dic
     wanted = [w for w in (chosen.only or "").split(",") if w]
     names = [n for n in CANDIDATES if n == "frozen limit" or not wanted or any(w in n for w in wanted)]
     base = deltavit.load_model(model, "random")
-    times: dict[str, list[float]] = {}
-    limits: dict[str, list[float]] = {}
-    counts: dict[str, int] = {}
+    print(
+        f"\n{model}, batch {batch}, {device}{' bf16' if chosen.bf16 else ''}, {torch.get_num_threads()} threads, "
+        f"{chosen.rounds} rounds; torch {version('torch')}, timm {version('timm')}, peft {version('peft')}, "
+        f"python {platform.python_version()}"
+    )
+    print(f"{'':24}{'trains':>12}{'ms':>9}{'over the limit':>16}{'quartiles':>16}{'peak MiB':>10}", flush=True)
+    rows: dict[str, Any] = {}
     others = [name for name in names if name != "frozen limit"]
     for first in range(0, max(1, len(others)), GROUP):
         group = ["frozen limit", *others[first : first + GROUP]]
         made = {name: Candidate(copy.deepcopy(base), name, device, batch, chosen.bf16) for name in group}
-        counts |= {name: candidate.count for name, candidate in made.items()}
         for candidate in made.values():
             candidate.step()
+        times: dict[str, list[float]] = {name: [] for name in group}
         for turn in range(chosen.rounds):
             order = [*group, "frozen limit"]  # the limit twice a round: everything is divided by it
             random.Random(turn).shuffle(order)
             taken: dict[str, list[float]] = {}
             for name in order:
                 taken.setdefault(name, []).append(made[name].step())
-            for name in group if first == 0 else group[1:]:
-                times.setdefault(name, []).append(statistics.mean(taken[name]))
-                limits.setdefault(name, []).append(statistics.mean(taken["frozen limit"]))
-            shown = f"{model}: methods {first + 1} to {first + len(group) - 1}, round {turn + 1} of {chosen.rounds}"
-            print(shown, end="\r", file=sys.stderr, flush=True)
-    print(
-        f"\n{model}, batch {batch}, {device}{' bf16' if chosen.bf16 else ''}, {torch.get_num_threads()} threads, "
-        f"{chosen.rounds} rounds; torch {version('torch')}, timm {version('timm')}, peft {version('peft')}, "
-        f"python {platform.python_version()}"
-    )
-    print(f"{'':24}{'trains':>12}{'ms':>9}{'over the limit':>16}{'quartiles':>16}{'peak MiB':>10}")
-    rows: dict[str, Any] = {}
-    for name in names:
-        ratios = [t / base for t, base in zip(times[name], limits[name], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        memory = None
-        if not chosen.no_memory:
-            flags = ["--peak", model, name, "--device", str(device), "--batch", str(batch)]
-            flags += ["--bf16"] if chosen.bf16 else []
-            done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
-            memory = int(done.stdout.split()[-1]) / 2**20
-        ms = 1000 * statistics.median(times[name])
-        rows[name] = {"trains": counts[name], "ms": ms, "ratio": middle, "low": low, "high": high,
-                      "peak_mib": memory, "times": times[name]}  # fmt: skip
-        shown = "" if memory is None else f"{memory:10.0f}"
-        print(f"{name:24}{counts[name]:12,}{ms:9.1f}{middle:16.3f}{f'{low:.3f}-{high:.3f}':>16}{shown}", flush=True)
+            for name in group:
+                times[name].append(statistics.mean(taken[name]))
+        for name in group if first == 0 else group[1:]:
+            row = _row(made[name].count, times[name], times["frozen limit"])
+            memory = None if chosen.no_memory else _peak(model, name, chosen, device, batch)
+            rows[name] = {**row, "peak_mib": memory}
+            shown = "" if memory is None else f"{memory:10.0f}"
+            spread = f"{row['low']:.3f}-{row['high']:.3f}"
+            print(f"{name:24}{row['trains']:12,}{row['ms']:9.1f}{row['ratio']:16.3f}{spread:>16}{shown}", flush=True)
+        made.clear()  # before the next group is built
     return rows
+
+
+def _row(count: int, times: list[float], limits: list[float]) -> dict[str, Any]:
+    ratios = [t / base for t, base in zip(times, limits, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"trains": count, "ms": 1000 * statistics.median(times), "ratio": middle, "low": low, "high": high,
+            "times": times}  # fmt: skip
+
+
+def _peak(model: str, name: str, chosen: argparse.Namespace, device: torch.device, batch: int) -> float:
+    flags = [
+        "--peak",
+        model,
+        name,
+        "--device",
+        str(device),
+        "--batch",
+        str(batch),
+        *(["--bf16"] if chosen.bf16 else []),
+    ]
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 2**20
 
 
 def bars(results: dict[str, Any]) -> int:

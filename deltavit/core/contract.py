@@ -25,6 +25,7 @@ from .method import Method
 from .site import anatomy
 
 CLASSES = 5
+SHIFTS_OF_K = (".k.shift", ".ln_k.bias", ".k_norm.bias")
 
 
 class Broken(AssertionError):
@@ -83,7 +84,7 @@ def nothing_is_born_dead(model: nn.Module, method: Method) -> None:
         pass
     for name, t in adapter.tensors().items():
         # softmax cannot see what is added to all keys, so where that is a tensor of its own it cannot train
-        if torch.equal(t, born[name]) and name not in _k_biases(model) and not name.endswith(".k.shift"):
+        if torch.equal(t, born[name]) and name not in _k_biases(model) and not name.endswith(SHIFTS_OF_K):
             raise Broken(f"{name} did not move in three steps")
 
 
