@@ -10,10 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .site import Site
@@ -140,10 +141,39 @@ class ByRows(Change):
 
 def affine(y: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
     """gain y + shift, in float32 over a half-precision y, whose steps around 1 are too coarse for a gain."""
-    if shift is not None and y.dtype == gain.dtype:
-        return torch.addcmul(shift, y, gain)  # one pass
-    new = gain * y
-    return (new if shift is None else new + shift).to(y.dtype)
+    if y.dtype != gain.dtype:
+        new = gain * y
+        return (new if shift is None else new + shift).to(y.dtype)
+    if y.device.type == "cpu" and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        return _Affine.apply(y, gain, shift)  # type: ignore[no-any-return, no-untyped-call]
+    return gain * y if shift is None else torch.addcmul(shift, y, gain)
+
+
+class _Affine(torch.autograd.Function):
+    """The same on a processor, where the backward is bound by memory: one pass over g and y, in pieces for a cache."""
+
+    PIECE = 1 << 16
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(y, gain)
+        ctx.shifts = shift is not None
+        return gain * y if shift is None else torch.addcmul(shift, y, gain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        y, gain = ctx.saved_tensors
+        flat, width = g.reshape(-1, g.shape[-1]), g.shape[-1]
+        y = y.reshape(-1, width)
+        g_y, g_gain, g_shift = torch.empty_like(flat), torch.zeros_like(gain), torch.zeros_like(gain)
+        step = max(1, _Affine.PIECE // width)
+        for a in range(0, len(flat), step):
+            piece = flat[a : a + step]
+            g_gain += (piece * y[a : a + step]).sum(0)
+            g_shift += piece.sum(0)
+            torch.mul(piece, gain, out=g_y[a : a + step])
+        return g_y.view(g.shape), g_gain, g_shift if ctx.shifts else None
 
 
 def thin(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:

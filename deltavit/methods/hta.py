@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.edit import Change, Edit, Rewrite, thin
+from ..core.edit import Change, Edit, Rewrite, add_thin, affine
 from ..core.method import Method, register
 from ..core.site import Anatomy, Where
 from .fact import linear_init
@@ -45,8 +45,10 @@ class Householder(Change):
     def output(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
         up, down = self._factors()
         n = len(self.diagonal)
-        straight = F.pad(x[..., :n] * self.diagonal.to(x.dtype), (0, len(self.left) - n))
-        return y + (straight + thin(thin(x, down), up)).to(y.dtype)
+        straight = affine(x[..., :n], self.diagonal, None).to(y.dtype)
+        if n < len(self.left):
+            straight = F.pad(straight, (0, len(self.left) - n))
+        return add_thin(x, y + straight, up, down)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """The increment without its diagonal d, which is of rank 2 + r.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.edit import Change, Edit, Rewrite
+from ..core.edit import Change, Edit, Rewrite, affine
 from ..core.method import Method, register
 from ..core.site import Anatomy, Site, Where
 from .ssf import Rescale
@@ -31,7 +31,7 @@ class RescaledInput(Change):
         return W * self.gain
 
     def input(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return (x * self.gain).to(x.dtype)
+        return affine(x, self.gain, None)
 
 
 @register("ia3")
