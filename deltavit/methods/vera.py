@@ -41,7 +41,11 @@ class Scaled(LowRank):
         self.inp = shape[1]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.b[:, None] * self.fixed.up[: len(self.b)], self.d[:, None] * self.fixed.down[:, : self.inp]
+        down = self.fixed.down
+        if self.inp < down.shape[1]:
+            down = down[:, : self.inp]
+        # d goes with the first factor: sites that read one input then share the product with the second
+        return self.b[:, None] * self.fixed.up[: len(self.b)] * self.d, down
 
 
 @register("vera")
