@@ -34,6 +34,7 @@ def group() -> Iterator[None]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield
+        dist.barrier()  # gloo aborts a process that closes while another still reads from it
     finally:
         dist.destroy_process_group()
 
