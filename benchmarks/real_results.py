@@ -60,6 +60,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], list[float], list[float]]] = {
     "SSF": ("ssf", {}, STEPS, []),
     "AdaptFormer r64": ("adaptformer", {"rank": 64}, STEPS, [0.01, 1.0]),
     "Convpass h8": ("convpass", {"rank": 8}, STEPS, [0.1, 10.0]),
+    # the rate that attention tuning and full fine-tuning both chose
     **{f"partial {s}": ("partial", {"strategy": s}, [1e-4], []) for s in PARTIAL},
 }
 
@@ -150,29 +151,21 @@ def measure(chosen: argparse.Namespace) -> None:
     for method in dict.fromkeys(["linear probing", *wanted]):
         _, _, grid, scales = METHODS[method]
         tried: list[dict[str, Any]] = []
-        if (
-            len(grid) == 1
-        ):  # the partial strategies take the rate of attention and full fine-tuning, which both chose it
-            tried.append({"lr": grid[0], "val": 0.0, "options": METHODS[method][1]})
-        for lr in grid if len(grid) > 1 else []:  # rising; past its best by 5 points, a method only gets worse
-            tried.append(one(sets[0], method, lr, lr if head_lr is None else head_lr, 0, False, None))
-            if tried[-1]["val"] < max(r["val"] for r in tried) - 0.05:
-                break
-        best = max(tried, key=lambda r: r["val"])
-        while 1 < len(tried) < len(grid) + 1 and best["lr"] in (
-            min(r["lr"] for r in tried),
-            max(r["lr"] for r in tried),
-        ):
-            up = best["lr"] == max(r["lr"] for r in tried)
-            lr = _next(best["lr"], up)
-            tried.append(one(sets[0], method, lr, lr if head_lr is None else head_lr, 0, False, None))
-            best = max(tried, key=lambda r: r["val"])
-            if best is not tried[-1]:
-                break
-        rate = best["lr"]
-        head_lr = rate if head_lr is None else head_lr
-        tried += [one(sets[0], method, rate, head_lr, 0, False, scale) for scale in scales]
-        scale = max(tried, key=lambda r: r["val"])["options"].get("scale")
+        rate, scale = grid[0], None
+        if len(grid) > 1:  # else the rate is given
+            for lr in grid:  # rising; past its best by 5 points, a method only gets worse
+                tried.append(one(sets[0], method, lr, head_lr or lr, 0, False, None))
+                if tried[-1]["val"] < max(r["val"] for r in tried) - 0.05:
+                    break
+            rate = max(tried, key=lambda r: r["val"])["lr"]
+            # on beyond an end that is the best, as long as no more runs are made than the grid has steps and one
+            while 1 < len(tried) <= len(grid) and rate in (ends := sorted(r["lr"] for r in tried))[:: len(tried) - 1]:
+                lr = _next(rate, rate == ends[-1])
+                tried.append(one(sets[0], method, lr, head_lr or lr, 0, False, None))
+                rate = max(tried, key=lambda r: r["val"])["lr"]
+            tried += [one(sets[0], method, rate, head_lr or rate, 0, False, scale) for scale in scales]
+            scale = max(tried, key=lambda r: r["val"])["options"].get("scale")
+        head_lr = head_lr or rate
         print(f"{method}: chosen on val: learning rate {rate:g}, scale {scale or 'as it is'}", flush=True)
         for name in sets:
             for seed in range(seeds[name] if method in wanted else 0):

@@ -87,11 +87,6 @@ def bar(name: str) -> float | None:
     return 1.08 if made.mixed_batch else 1.50
 
 
-DEFAULTS = {
-    name: (ours(name), bar(name))
-    for name in deltavit.methods()
-    if name not in ("lora", "lora-fix", "kadaptation", "fact-tt", "fact-tk")
-}
 CANDIDATES: dict[str, tuple[Build, float | None]] = {
     "frozen limit": (limit, None),
     "lora q,v r8": (ours("lora"), 1.08),
@@ -105,10 +100,14 @@ CANDIDATES: dict[str, tuple[Build, float | None]] = {
     "PEFT LoRA all r8": (peft_lora(LINEARS), None),
     "PEFT LoKr qkv r1 n4": (peft_lokr(FUSED), None),
     "PEFT LoKr all r1 n4": (peft_lokr(LINEARS), None),
-    **DEFAULTS,
+    **{
+        name: (ours(name), None)
+        for name in deltavit.methods()
+        if name not in ("lora", "lora-fix", "kadaptation", "fact-tt", "fact-tk")
+    },
 }
-"""What is run, and the most that it may cost over the limit on ViT-B/16.  PEFT cannot tell q and v in a fused
-projection apart, so it gets the whole of it with one A, which is less work than ours."""
+"""What is run, and the most that it may cost over the limit on ViT-B/16, where `bar` does not say it.  PEFT cannot tell
+q and v in a fused projection apart, so it gets the whole of it with one A, which is less work than ours."""
 GROUP = 8
 
 BARS = [
@@ -255,7 +254,10 @@ def bars(results: dict[str, Any]) -> int:
     missed = 0
     rows = results.get("vit_base_patch16_224", {})
     for name, (_, most) in CANDIDATES.items():
-        if most is not None and name in rows:
+        if name not in rows:
+            continue
+        most = bar(name) if name in deltavit.methods() else most
+        if most is not None:
             missed += _bar(f"{name} over the frozen limit", rows[name]["ratio"], most)
     for mine, other, most in BARS:
         if mine in rows and other in rows:

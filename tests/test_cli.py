@@ -306,18 +306,23 @@ def test_doctor_names_versions_devices_and_faults(run):
 # --- merge -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_merged_file_loads_in_plain_timm_and_gives_the_same_logits(run, pictures, tmp_path):
-    name, out = "vit_tiny_patch16_224", tmp_path / "merged.safetensors"
-    base = deltavit.load_model(name, "random")
-    data = deltavit.open_data(pictures)
-    adapter = deltavit.attach(base, deltavit.method("lora"), classes=data.classes)
+def saved_lora(path, classes, **options):
+    """A LoRA on random vit_tiny, moved and saved; pictures, and its logits for them."""
+    base = deltavit.load_model("vit_tiny_patch16_224", "random")
+    adapter = deltavit.attach(base, deltavit.method("lora", **options), classes=classes)
     with torch.no_grad():
         for p in adapter.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    adapter.save(tmp_path / "a.safetensors")
+    adapter.save(path)
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        expected = base.eval()(x)
+        return x, base.eval()(x)
+
+
+def test_a_merged_file_loads_in_plain_timm_and_gives_the_same_logits(run, pictures, tmp_path):
+    name, out = "vit_tiny_patch16_224", tmp_path / "merged.safetensors"
+    data = deltavit.open_data(pictures)
+    x, expected = saved_lora(tmp_path / "a.safetensors", data.classes)
     words = ["merge", "--adapter", tmp_path / "a.safetensors", "--weights", "random", "--out", out]
     done = run(*words, "--json")
     assert done.code == 0, done.err
@@ -340,15 +345,7 @@ def test_a_merged_file_loads_in_plain_timm_and_gives_the_same_logits(run, pictur
 def test_export_to_peft_and_back_keeps_the_logits(run, pictures, tmp_path):
     peft = pytest.importorskip("peft")
     name = "vit_tiny_patch16_224"
-    base = deltavit.load_model(name, "random")
-    adapter = deltavit.attach(base, deltavit.method("lora", rank=3), classes=deltavit.open_data(pictures).classes)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    adapter.save(tmp_path / "a.safetensors")
-    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        expected = base.eval()(x)
+    x, expected = saved_lora(tmp_path / "a.safetensors", deltavit.open_data(pictures).classes, rank=3)
     out = ["--weights", "random"]
     done = run("export", "--adapter", tmp_path / "a.safetensors", "--out", tmp_path / "peft", *out, "--json")
     assert done.code == 0, done.err

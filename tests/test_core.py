@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deltavit
 from deltavit import Where
 from deltavit.core.contract import pictures, stir
+from deltavit.core.draw import linear_init
 from deltavit.core.edit import After, Before, Rewrite, Swap
 from deltavit.core.errors import AdapterError, MethodError, ModelError
 from deltavit.core.method import Method
 from deltavit.core.site import Site
-from deltavit.methods.fact import TensorTrain, Tucker, linear_init
+from deltavit.methods.fact import TensorTrain, Tucker
 from deltavit.methods.kadaptation import KroneckerSum
 from deltavit.methods.lora import Product
 from deltavit.models import skeleton

@@ -303,7 +303,7 @@ def _run(model: nn.Module, x: Tensor) -> Tensor:
 def _k_biases(model: nn.Module) -> set[str]:
     sites = [linears["k"] for linears in anatomy(model).linears if "k" in linears]
     whole = [s for s in sites if s.shift and model.get_submodule(s.path).get_parameter(s.param).shape[0] == s.shape[0]]
-    return {f"{s.shift[0]}.{s.shift[1]}" for s in whole if s.shift}
+    return {s.bias_tensor for s in whole if s.bias_tensor}
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ other gets a parametrization.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,15 +61,18 @@ class Chain(Change):
             self.output = self._output
         self.dropout = max(float(getattr(c, "dropout", 0.0)) for c in changes)
 
+    def _summed(self, W: Tensor) -> Tensor:
+        return W + sum(c.weight(W) - W for c in self.adds)  # type: ignore[no-any-return, operator]
+
     def weight(self, W: Tensor) -> Tensor:
-        W = W + sum(c.weight(W) - W for c in self.adds)  # type: ignore[operator]
+        W = self._summed(W)
         for c in self.scales:
             W = c.weight(W)  # type: ignore[operator]
         return W
 
     def bias(self, b: Tensor, W: Tensor) -> Tensor:
         b = b + sum(c.bias(b, W) - b for c in self.adds)  # type: ignore[operator]
-        W = W + sum(c.weight(W) - W for c in self.adds)  # type: ignore[operator]
+        W = self._summed(W)
         for c in self.scales:
             b, W = c.bias(b, W), c.weight(W)  # type: ignore[operator]
         return b
@@ -144,13 +147,18 @@ def affine(y: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
     if y.dtype != gain.dtype:
         new = gain * y
         return (new if shift is None else new + shift).to(y.dtype)
-    if y.device.type == "cpu" and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+    if y.device.type == "cpu" and plainly_run():
         return _Affine.apply(y, gain, shift)  # type: ignore[no-any-return, no-untyped-call]
     return gain * y if shift is None else torch.addcmul(shift, y, gain)
 
 
+def plainly_run() -> bool:
+    """Whether autograd alone looks on: neither torch.compile nor a transform such as vmap traces what is done."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
 class _Affine(torch.autograd.Function):
-    """The same on a processor, where the backward is bound by memory: one pass over g and y, in pieces for a cache."""
+    """`affine` on a processor, where the backward is bound by memory: one pass over g and y, in pieces for a cache."""
 
     PIECE = 1 << 16
 
@@ -176,11 +184,15 @@ class _Affine(torch.autograd.Function):
         return g_y.view(g.shape), g_gain, g_shift if ctx.shifts else None
 
 
+def like(x: Tensor, *tensors: Tensor | None) -> Iterator[Any]:
+    """Tensors in x's precision, for they stay fp32 over a half-precision base; autocast casts them itself."""
+    keep = torch.is_autocast_enabled(x.device.type)
+    return (t if t is None or keep else t.to(x.dtype) for t in tensors)
+
+
 def thin(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x factor^T + bias in x's precision (factors stay fp32 over a half-precision base), or in autocast's."""
-    if not torch.is_autocast_enabled(x.device.type):
-        factor, bias = factor.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return F.linear(x, factor, bias)
+    """x factor^T + bias in x's precision, or in autocast's."""
+    return F.linear(x, *like(x, factor, bias))
 
 
 def add_thin(x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:

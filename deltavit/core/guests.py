@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .edit import ByRows, Change, LowRank, add_thin, affine
+from .edit import ByRows, Change, LowRank, add_thin, affine, plainly_run
 from .site import Site
 
 Piece = tuple[Site, Change]
@@ -110,12 +110,12 @@ class Outputs(Silent):
     def after(self, host: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
         x: Tensor = args[0]
         changes: list[Any] = list(self.changes)
-        if self.noise and self.training:
-            return self.noise(y, self._one_by_one(host, x, y))
-        if not all(isinstance(c, LowRank) and not (c.dropout and c.training) for c in changes):
-            if self.channels_first:
-                return self._one_by_one(host, x, y.movedim(1, -1)).movedim(-1, 1)
-            return self._one_by_one(host, x, y)
+        noise = self.noise if self.training else None
+        if noise or not all(isinstance(c, LowRank) and not (c.dropout and c.training) for c in changes):
+            old = y.movedim(1, -1) if self.channels_first else y
+            new = self._one_by_one(host, x, old)
+            new = noise(old, new) if noise else new
+            return new.movedim(-1, 1) if self.channels_first else new
         rows: list[tuple[int, int]] = []
         ups: list[list[Tensor]] = []
         downs: list[Tensor] = []
@@ -160,8 +160,7 @@ class Outputs(Silent):
             and not (host.weight.requires_grad or (host.bias is not None and host.bias.requires_grad))
             and x.dtype == y.dtype == host.weight.dtype
             and y.is_contiguous()
-            and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
+            and plainly_run()
         )
 
     def _spread(self, rows: Any, ups: list[Tensor], columns: list[tuple[int, int]], rank: int) -> Tensor:
@@ -203,7 +202,7 @@ class Noise:
 
 
 class FrozenPlusThin(torch.autograd.Function):
-    """The same over a frozen linear layer, adding in place both ways: y here, and the gradient of x in the backward.
+    """`add_thin` over a frozen linear layer, adding in place both ways: y here, and the gradient of x in the backward.
 
     It takes over the layer's own backward, g W, because autograd would else add the two gradients of x in a pass and a
     buffer of their own.  No gradient of the size of W is formed.

@@ -65,6 +65,11 @@ class Site:
             return None
         return self.path if self.bias_path is None else self.bias_path, self.bias, self.bias_rows or self.rows
 
+    @property
+    def bias_tensor(self) -> str | None:
+        """Name of the whole parameter that its bias belongs to; None where it has none."""
+        return None if self.shift is None else f"{self.shift[0]}.{self.shift[1]}"
+
 
 @dataclass(frozen=True)
 class Where:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.edit import After, Edit
+from ..core.edit import After, Edit, like, thin
 from ..core.errors import MethodError
 from ..core.method import Method, positive, register
 from ..core.site import ROLES, Anatomy, Where
@@ -21,12 +20,6 @@ from ..core.site import ROLES, Anatomy, Where
 BRANCHES = ("attn", "mlp")
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 Layers = Callable[[int, int], tuple[nn.Module, nn.Module]]
-
-
-def like(x: Tensor, *tensors: Tensor | None) -> Iterator[Any]:
-    """Tensors in x's precision, for they stay fp32 over a half-precision base; autocast casts them itself."""
-    keep = torch.is_autocast_enabled(x.device.type)
-    return (t if t is None or keep else t.to(x.dtype) for t in tensors)
 
 
 class Linear(nn.Linear):
@@ -38,7 +31,7 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *like(x, self.weight, self.bias))
+        return thin(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.draw import xavier
 from ..core.edit import Change, Edit, Rewrite, thin
 from ..core.method import positive, register
 from ..core.site import Anatomy, Site, Where
@@ -29,12 +30,6 @@ def by_input(vit: Anatomy, where: Where) -> Iterable[list[Site]]:
         reads = {"k": "q", "v": "q", "fc1g": "fc1"}.get(site.role, site.role)
         groups.setdefault((site.block, reads), []).append(site)
     return groups.values()
-
-
-def xavier(*shape: int) -> nn.Parameter:
-    weight = torch.empty(*shape)
-    nn.init.xavier_uniform_(weight)
-    return nn.Parameter(weight)
 
 
 class Serial(Change):

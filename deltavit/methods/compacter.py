@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.edit import Edit
+from ..core.edit import Edit, like
 from ..core.method import positive, register
 from ..core.site import Anatomy
-from .adapters import BRANCHES, SerialInBlocks, like
+from .adapters import BRANCHES, SerialInBlocks
 
 
 class Hypercomplex(nn.Module):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.edit import After, Edit
+from ..core.edit import After, Edit, like
 from ..core.method import Method, positive, register
 from ..core.site import Anatomy, Where
-from .adapters import BRANCHES, Bottleneck, down_up, like, only_blocks
+from .adapters import BRANCHES, Bottleneck, down_up, only_blocks
 
 
 class MapConvolution(nn.Conv2d):

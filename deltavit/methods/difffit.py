@@ -41,7 +41,7 @@ class DiffFit(Method):
                 f"diff-fit scales what a branch adds, and {vit.name} puts a norm behind it, which undoes that: try ssf"
             )
         branches = vit.sites(Where(roles=("o", "fc2")))
-        shifted = {f"{path}.{name}" for path, name, _ in filter(None, (site.shift for site in branches))}
+        shifted = {site.bias_tensor for site in branches}
         names = dict.fromkeys([*vit.biases(), *(f"{path}.weight" for path in vit.norms)])
         yield from (Own(name) for name in names if name not in shifted)
         yield from (Rewrite(site, Rescale(site)) for site in branches)

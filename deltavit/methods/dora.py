@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.draw import linear_init
 from ..core.edit import Change, Edit, Rewrite, add_thin, affine
-from ..core.method import Method, positive, register
-from ..core.site import Anatomy, Where
-from .fact import linear_init
+from ..core.method import register
+from ..core.site import Anatomy
+from .lora import OfLowRank
 
 
 class Decomposed(Change):
@@ -55,7 +56,7 @@ class Decomposed(Change):
 
 @register("dora")
 @dataclass(frozen=True)
-class DoRA(Method):
+class DoRA(OfLowRank):
     r"""DoRA: LoRA turns each row of a weight, a magnitude sets its length.
 
     $$W' = m \circ \frac{W + s\,BA}{\lVert W + s\,BA \rVert}, \qquad m = g \circ \lVert W \rVert$$
@@ -71,13 +72,6 @@ class DoRA(Method):
     """
 
     paper = "arXiv:2402.09353"
-    rank: int = 8
-    scale: float = 1.0
-    dropout: float = 0.0
-    where: Where = Where(roles=("q", "v"))
-
-    def __post_init__(self) -> None:
-        positive("rank", self.rank)
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
         for site in vit.sites(self.where):

@@ -16,16 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.draw import linear_init, xavier
 from ..core.edit import Edit, LowRank, Rewrite
 from ..core.method import Method, positive, register
 from ..core.site import ROLES, Anatomy, Site, Where
-
-
-def linear_init(*shape: int) -> nn.Parameter:
-    """What nn.Linear draws for a weight of that shape."""
-    weight = torch.empty(*shape)
-    nn.init.kaiming_uniform_(weight, a=5**0.5)
-    return nn.Parameter(weight)
 
 
 class Slices(LowRank):
@@ -172,10 +166,7 @@ class FacTTK(_FacT):
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
         for u, v, sites in self.by_width(vit):
             counts = [max(site.shape) // u.shape[1] for site in sites]
-            core, positions = torch.empty(self.rank, self.rank, self.rank), torch.empty(sum(counts), self.rank)
-            nn.init.xavier_uniform_(core)
-            nn.init.xavier_uniform_(positions)
-            core, positions = nn.Parameter(core), nn.Parameter(positions)
+            core, positions = xavier(self.rank, self.rank, self.rank), xavier(sum(counts), self.rank)
             at = 0
             for site, count in zip(sites, counts, strict=True):
                 yield Rewrite(site, Tucker(u, v, site, self.scale, self.dropout, core, positions, at))

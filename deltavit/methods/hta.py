@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.draw import linear_init
 from ..core.edit import Change, Edit, Rewrite, add_thin, affine
 from ..core.method import Method, register
 from ..core.site import Anatomy, Where
-from .fact import linear_init
 
 
 class Householder(Change):

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.draw import linear_init
 from ..core.edit import Edit, LowRank, Rewrite
 from ..core.method import Method, positive, register
 from ..core.site import Anatomy, Where
@@ -43,8 +44,7 @@ class KroneckerSum(LowRank):
         else:
             self.slow_columns, self.slow_rows = slow
         self.n = n
-        self.u = nn.Parameter(torch.empty(n, out // n, rank))
-        nn.init.kaiming_uniform_(self.u, a=5**0.5)
+        self.u = linear_init(n, out // n, rank)
         self.v = nn.Parameter(torch.zeros(n, rank, inp // n))  # zero: dW = 0 at the start
         self.scale = scale
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.draw import linear_init
 from ..core.edit import Edit, LowRank, Rewrite
 from ..core.method import Method, positive, register
 from ..core.site import Anatomy, Where
@@ -23,12 +24,11 @@ class Product(LowRank):
     def __init__(self, shape: tuple[int, int], rank: int, scale: float, dropout: float, fixed: bool):
         super().__init__(dropout)
         out, inp = shape
-        down = torch.empty(rank, inp)
-        nn.init.kaiming_uniform_(down, a=5**0.5)
+        down = linear_init(rank, inp)  # [r, i]
         if fixed:
-            self.register_buffer("down", down)
+            self.register_buffer("down", down.detach())
         else:
-            self.down = nn.Parameter(down)  # [r, i]
+            self.down = down
         self.up = nn.Parameter(torch.zeros(out, rank))  # [o, r]
         self.scale = scale
 
@@ -36,9 +36,22 @@ class Product(LowRank):
         return (self.up if self.scale == 1 else self.scale * self.up), self.down
 
 
+@dataclass(frozen=True)
+class OfLowRank(Method):
+    """The options that LoRA and its kin share."""
+
+    rank: int = 8
+    scale: float = 1.0
+    dropout: float = 0.0
+    where: Where = Where(roles=("q", "v"))
+
+    def __post_init__(self) -> None:
+        positive("rank", self.rank)
+
+
 @register("lora")
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(OfLowRank):
     r"""LoRA: a low-rank increment of chosen weights.
 
     $$W' = W + s\,BA, \qquad A \in \mathbb{R}^{r \times i},\ B \in \mathbb{R}^{o \times r}$$
@@ -50,13 +63,6 @@ class LoRA(Method):
     """
 
     paper = "arXiv:2106.09685"
-    rank: int = 8
-    scale: float = 1.0
-    dropout: float = 0.0
-    where: Where = Where(roles=("q", "v"))
-
-    def __post_init__(self) -> None:
-        positive("rank", self.rank)
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
         for site in vit.sites(self.where):
@@ -65,7 +71,7 @@ class LoRA(Method):
 
 @register("lora-fix")
 @dataclass(frozen=True)
-class LoRAFix(Method):
+class LoRAFix(OfLowRank):
     r"""LoRA-Fix: LoRA whose first factor stays as drawn.
 
     $$W' = W + s\,BA, \qquad A \text{ frozen}$$
@@ -77,13 +83,6 @@ class LoRAFix(Method):
     """
 
     paper = "arXiv:2203.16329"
-    rank: int = 8
-    scale: float = 1.0
-    dropout: float = 0.0
-    where: Where = Where(roles=("q", "v"))
-
-    def __post_init__(self) -> None:
-        positive("rank", self.rank)
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
         for site in vit.sites(self.where):

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.draw import xavier
 from ..core.edit import Change, Edit, Rewrite
 from ..core.method import Method, positive, register
 from ..core.site import ROLES, Anatomy, Where
-from .arc import by_input, xavier
+from .arc import by_input
 from .rlrr import Hadamard
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.draw import linear_init
 from ..core.edit import Edit, LowRank, Rewrite
 from ..core.method import Method, positive, register
 from ..core.site import Anatomy, Site, Where
-from .fact import linear_init
+from .lora import OfLowRank
 
 
 class HadamardProduct(LowRank):
@@ -54,7 +55,7 @@ class KroneckerProduct(LowRank):
 
 @register("loha")
 @dataclass(frozen=True)
-class LoHa(Method):
+class LoHa(OfLowRank):
     r"""LoHa: an increment that is the Hadamard product of two of low rank.
 
     $$W' = W + s\,(B_1 A_1) \circ (B_2 A_2), \qquad A_j \in \mathbb{R}^{r \times i},\ B_j \in \mathbb{R}^{o \times r}$$
@@ -67,12 +68,6 @@ class LoHa(Method):
 
     paper = "arXiv:2108.06098"
     rank: int = 4
-    scale: float = 1.0
-    dropout: float = 0.0
-    where: Where = Where(roles=("q", "v"))
-
-    def __post_init__(self) -> None:
-        positive("rank", self.rank)
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
         for site in vit.sites(self.where):

@@ -53,12 +53,11 @@ class Partial(Method):
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
         known = vit.tensors()
-        names: dict[str, None] = {}
+        names: dict[str | None, None] = {}
         for b, part in self.chosen(vit):
             for role, site in vit.linears[b].items():
                 if (role in ("q", "k", "v", "o")) == (part == "attention"):
-                    path, bias, _ = site.shift or (site.path, "", None)
-                    names.update(dict.fromkeys((site.tensor, f"{path}.{bias}")))
+                    names.update(dict.fromkeys((site.tensor, site.bias_tensor)))
         yield from (Own(name) for name in names if name in known)
 
     def chosen(self, vit: Anatomy) -> list[tuple[int, str]]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.draw import xavier
 from ..core.edit import Edit, Rewrite
 from ..core.method import Method, positive, register
 from ..core.site import Anatomy, Where
-from .arc import Serial, by_input, xavier
+from .arc import Serial, by_input
 
 
 class Grouped(Serial):

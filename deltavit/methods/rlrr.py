@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.draw import kaiming
 from ..core.edit import Change, Edit, Rewrite
 from ..core.method import positive, register
 from ..core.site import NORM, PATCH, ROLES, Anatomy, Where
@@ -47,13 +48,6 @@ class Rescaled(Hadamard):
     @property
     def moves_bias(self) -> bool:
         return self.shift is not None
-
-
-def kaiming(*shape: int) -> nn.Parameter:
-    """U(-b, b) with b = sqrt(6 / columns)."""
-    weight = torch.empty(*shape)
-    nn.init.kaiming_uniform_(weight)
-    return nn.Parameter(weight)
 
 
 @register("rlrr")

@@ -57,8 +57,7 @@ class BitFit(Method):
     which: Literal["all", "linear"] = "all"
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
-        shifts = (site.shift for linears in vit.linears for site in linears.values())
-        linear = {f"{shift[0]}.{shift[1]}" for shift in shifts if shift}
+        linear = {site.bias_tensor for linears in vit.linears for site in linears.values()}
         for name in vit.biases():
             if self.which == "all" or name in linear:
                 yield Own(name)
@@ -102,7 +101,5 @@ class Attention(Method):
 
     def edits(self, vit: Anatomy) -> Iterator[Edit]:
         tensors = vit.tensors()
-        names = []
-        for site in vit.sites(self.where):
-            names += [site.tensor, *([f"{site.shift[0]}.{site.shift[1]}"] if site.shift else [])]
-        yield from (Own(name) for name in dict.fromkeys(names) if name in tensors)
+        names = dict.fromkeys(name for site in vit.sites(self.where) for name in (site.tensor, site.bias_tensor))
+        yield from (Own(name) for name in names if name in tensors)

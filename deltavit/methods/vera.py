@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.draw import kaiming
 from ..core.edit import Edit, LowRank, Rewrite
 from ..core.method import Method, positive, register
 from ..core.site import Anatomy, Where
-from .rlrr import kaiming
 
 
 class Fixed(nn.Module):
