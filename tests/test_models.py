@@ -193,3 +193,17 @@ def test_the_pretrained_deit_loads_whole_at_two_sizes():
     assert sum(p.numel() for p in whole.parameters()) == 5_717_416
     assert half.pos_embed.shape == (1, 50, 192)
     assert torch.equal(whole.blocks[3].mlp.fc1.weight, half.blocks[3].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mean", "std"),
+    [("half", 0.5, 0.5), ("none", 0.0, 1.0), ("imagenet", 0.485, 0.229), ("clip", 0.4815, 0.2686)],
+)
+def test_pixels_are_normalised_as_asked_and_the_adapter_remembers(tmp_path, pixels, mean, std):
+    model = deltavit.load_model("vit_pico", pixels=pixels)
+    pre = deltavit.anatomy(model).preprocessing
+    assert (pre.mean[0], pre.std[0]) == pytest.approx((mean, std), abs=1e-4)
+    deltavit.attach(model, "linear", classes=["a", "b"]).save(tmp_path / "a.safetensors")
+    assert deltavit.load(tmp_path / "a.safetensors", deltavit.load_model("vit_pico")).preprocessing == pre
+    with pytest.raises(ModelError, match="did you mean 'imagenet'"):
+        deltavit.load_model("vit_pico", pixels="imagnet")

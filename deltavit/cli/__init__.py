@@ -12,7 +12,10 @@ import typer
 from .. import __version__
 from ..core.errors import DeltavitError
 from . import files, inspect, tasks
+from .bench import bench
 from .demo import demo
+from .report import report
+from .search import search
 from .output import Interrupted, say
 
 
@@ -33,7 +36,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def options(
+def root(
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
 ) -> None:
     """Adapt large pretrained Vision Transformers to new image tasks by training a tiny part of them."""
@@ -41,7 +44,7 @@ def options(
 
 for command in (
     tasks.train, tasks.evaluate, tasks.predict, inspect.methods, inspect.plan, files.merge, files.export,
-    inspect.doctor, demo,
+    inspect.doctor, search, bench, report, demo,
 ):  # fmt: skip
     app.command()(command)
 

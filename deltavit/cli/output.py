@@ -86,7 +86,9 @@ def bar(label: str, total: int) -> Iterator[Bar]:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible(
+    line: str = "stopping after this step; press Ctrl-C again to stop at once",
+) -> Iterator[Callable[[], bool]]:
     """Ctrl-C asks to stop after the step under way, so that nothing is half done; a second one stops at once."""
     asked = False
 
@@ -95,7 +97,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        say("stopping after this step; press Ctrl-C again to stop at once")
+        say(line)
 
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

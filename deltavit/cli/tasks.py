@@ -88,6 +88,8 @@ def evaluate(
     """
     net, loaded, said = opened(adapter, model, weights, device)
     found = open_data(data, **_cut(said))
+    if split == "val" and _told(said, "data").get("train_on") == "train+val":
+        raise DataError("this adapter was trained on val too, so val says nothing about it; evaluate on test")
     part = getattr(found, split, None) if split in ("train", "val", "test") else None
     if part is None:
         raise DataError(f"{data} has no split {split!r}; it has train, val{'' if found.test is None else ', test'}")

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ..core.errors import DataError, unknown
 from .decode import shown
-from .splits import HASHED_FILES, Dataset, Split, cut
+from .splits import HASHED_FILES, Dataset, Split, cut, few
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -23,6 +23,8 @@ LISTS = {
     "test": ("test.txt",),
 }
 CLASS_LISTS = ("classes.txt", "labels.txt")
+VAL_SHOTS = 4
+"""Most validation pictures a class beside few-shot training ones, as in CoOp (Zhou et al. 2022, arXiv:2109.01134)."""
 
 
 @dataclass
@@ -37,8 +39,9 @@ class Found:
 
 
 def open_data(
-    path: str | Path, *, seed: int = 0, val: float = 0.1, test: float = 0.1, train_list: str | None = None
-) -> Dataset:
+    path: str | Path, *, seed: int = 0, val: float = 0.1, test: float = 0.1, train_list: str | None = None,
+    shots: int | None = None, shots_seed: int = 0,
+) -> Dataset:  # fmt: skip
     """Pictures with labels, from any of four layouts.
 
     - a folder with `train/CLASS/picture`, and perhaps `val` (or `valid`, `validation`) and `test` beside it;
@@ -54,6 +57,7 @@ def open_data(
         val: share of the pictures cut away for val, where there is none.  Stratified; equal files stay together.
         test: the same for test, where nothing is split at all; 0 for none.
         train_list: which list to train on.
+        shots: pictures of each class to train on, chosen by `shots_seed`; val then has min(shots, 4) a class.
 
     Raises:
         DataError: nothing there, one class only, an empty class, a class that train does not have, a label out of
@@ -73,6 +77,11 @@ def open_data(
         splits = _cut(splits["all"], {"val": val, "test": test} if test else {"val": val}, seed)
     elif "val" not in splits:
         splits |= _cut(splits["train"], {"val": val}, seed)
+    if shots is not None:
+        if shots < 1:
+            raise DataError(f"shots={shots}: there must be at least one picture a class")
+        splits["train"] = few(splits["train"], shots, shots_seed)
+        splits["val"] = few(splits["val"], min(shots, VAL_SHOTS), shots_seed, exactly=False)
     notes = [*_skipped(found.skipped), *_overlaps([splits[name] for name in LISTS if name in splits])]
     return Dataset(tuple(classes), splits["train"], splits["val"], splits.get("test"), notes, found.kind, seed)
 

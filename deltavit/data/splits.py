@@ -65,6 +65,15 @@ class Dataset:
     kind: str
     seed: int
 
+    @property
+    def whole(self) -> Split:
+        """The pictures of train and val together, for a last training once all is chosen on val."""
+        train, val = self.train, self.val
+        seen = set(train.paths)
+        extra = [(p, c) for p, c in zip(val.paths, val.labels, strict=True) if p not in seen]
+        paths, labels = train.paths + tuple(p for p, _ in extra), train.labels + tuple(c for _, c in extra)
+        return Split("train+val", paths, labels, train.root)
+
     def manifest(self) -> dict[str, object]:
         """What was opened, for the record of a run: JSON-able, and equal only for equal data."""
         return {
@@ -114,6 +123,26 @@ def cut(labels: Sequence[int], contents: Sequence[str], shares: Sequence[float],
             "of them away and keep every class in train; add pictures, ask for less, or give the splits yourself"
         )
     return [sorted(part) for part in parts]
+
+
+def few(split: Split, shots: int, seed: int, *, exactly: bool = True) -> Split:
+    """The same number of pictures of every class, chosen by a hash of (seed, name): adding classes moves no other.
+
+    Raises:
+        DataError: a class has fewer; with `exactly=False`, all it has are taken.
+    """
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for i, label in enumerate(split.labels):
+        by_class[label].append(i)
+    chosen: list[int] = []
+    for label, own in by_class.items():
+        if len(own) < shots and exactly:
+            raise DataError(
+                f"class number {label} has {len(own)} pictures in {split.name}, fewer than shots={shots}: ask for fewer"
+            )
+        chosen += sorted(own, key=lambda i: _fraction(f"{seed} {split.names[i]}"))[:shots]
+    chosen.sort()
+    return Split(split.name, tuple(split.paths[i] for i in chosen), tuple(split.labels[i] for i in chosen), split.root)
 
 
 def _fraction(text: str) -> float:

@@ -24,6 +24,14 @@ OWN = ("tiny", "vit_pico")
 LIBRARIES = {"hf": "huggingface", "open_clip": "openclip", "torchvision": "torchvision"}
 """What stands before the colon of a name, and the module here whose `build` makes the model; no colon is timm."""
 
+PIXELS: dict[str, dict[str, Any]] = {
+    "checkpoint": {},
+    "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    "half": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    "clip": {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)},
+    "none": {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)},
+}
+
 
 def load_model(
     name: str | nn.Module,
@@ -32,6 +40,7 @@ def load_model(
     image_size: int | None = None,
     resize: str = "squash",
     normalize: bool = False,
+    pixels: str = "checkpoint",
 ) -> nn.Module:
     """A frozen Vision Transformer in eval mode, its anatomy and fingerprint taken.
 
@@ -47,17 +56,24 @@ def load_model(
         resize: "squash" brings both sides to `image_size`; "crop" keeps the aspect and takes the centre.
         normalize: bring the features of a transformers or open_clip model to length 1 before the head, as CLIP and
             SigLIP do; `text_head` needs it.
+        pixels: how pixels are normalised: as the "checkpoint" was pretrained, or by one of the habits of the field,
+            "imagenet" (VPT, NOAH, FacT), "half" (0.5 and 0.5: RLRR, SSF), "clip", "none" (0 to 1).  What was taken is
+            in every adapter and record.
 
     Raises:
         ModelError: an unknown name, not a Vision Transformer we know, weights that are missing or do not fit.
     """
     if resize not in ("squash", "crop"):
         raise ModelError(f"resize = {resize!r} is not 'squash' or 'crop'")
+    if pixels not in PIXELS:
+        raise ModelError(unknown("normalisation of pixels", pixels, PIXELS))
     asked: dict[str, Any] = {"image_size": image_size, "normalize": normalize or None}
     options = {option: value for option, value in asked.items() if value is not None}
     if isinstance(name, nn.Module):
         found = _adopt(name, weights, options)
         if found is name:
+            if pixels != "checkpoint":
+                raise ModelError(f"{type(name).__name__} is returned as it is, so pixels cannot be set")
             return found
     else:
         found = _load(name, weights, options)
@@ -65,7 +81,7 @@ def load_model(
     vit = anatomy(found)
     vit.name = name if isinstance(name, str) else vit.name
     vit.options = options
-    vit.preprocessing = replace(vit.preprocessing, resize=resize)
+    vit.preprocessing = replace(vit.preprocessing, resize=resize, **PIXELS[pixels])
     return found
 
 

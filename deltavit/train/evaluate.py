@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ..core.errors import DataError
 from ..core.site import Preprocessing
@@ -21,7 +23,8 @@ from . import ddp
 class Evaluation:
     """Top-1 accuracy in [0, 1], the mean over classes of their accuracies, the mean loss, and how many pictures.
 
-    `missed` counts broken pictures, each of which counts as wrong.
+    `missed` counts broken pictures, each of which counts as wrong.  `by_class` has each class's accuracy in the order
+    of the head, None for a class without a picture.
     """
 
     accuracy: float
@@ -29,6 +32,7 @@ class Evaluation:
     loss: float
     pictures: int
     missed: int = 0
+    by_class: tuple[float | None, ...] = ()
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -40,11 +44,35 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+def computed_in(device: torch.device, precision: str) -> str:
+    """What `precision` comes to on a device: `fp32` or `bf16`."""
+    return "bf16" if precision == "bf16" or (precision == "auto" and native_bf16(device)) else "fp32"
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """The precision to compute in: trainables stay in fp32 whatever it is."""
-    if precision == "bf16" or (precision == "auto" and native_bf16(device)):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    with ExitStack() as stack:
+        if computed_in(device, precision) == "bf16":
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            if device.type == "cpu":
+                stack.enter_context(_ExactAttention())
+        yield
+
+
+class _ExactAttention(TorchFunctionMode):
+    """Attention in fp32: on processors the backward of its bf16 kernel takes 2.5 times as long (torch 2.15)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and torch.is_autocast_enabled("cpu"):
+            values, options = [_wide(a) for a in args], {k: _wide(v) for k, v in (kwargs or {}).items()}
+            with torch.autocast("cpu", enabled=False):
+                return func(*values, **options).to(torch.bfloat16)
+        return func(*args, **(kwargs or {}))
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 @torch.no_grad()
@@ -102,6 +130,7 @@ def evaluate(
         loss=(loss / (counts.sum() - missed).clamp(min=1)).item(),
         pictures=int(counts.sum()),
         missed=int(missed),
+        by_class=tuple((h / n).item() if n else None for h, n in zip(hits, counts, strict=True)),
     )
 
 

@@ -32,6 +32,7 @@ class ModelSection(Section):
     resize: Literal["squash", "crop"] = "squash"
     normalize: bool = False
     """Features of length 1 before the head, as CLIP and SigLIP compare them with texts."""
+    pixels: Literal["checkpoint", "imagenet", "half", "clip", "none"] = "checkpoint"
 
 
 class DataSection(Section):
@@ -41,6 +42,10 @@ class DataSection(Section):
     seed: int = 0
     """Of the split, where the data set has none of its own; apart from the seed of training."""
     train_list: str | None = None
+    train_on: Literal["train", "train+val"] = "train"
+    """`train+val`: the last training of a protocol, once all is chosen on val; there is no val accuracy then."""
+    shots: int | None = Field(default=None, ge=1)
+    shots_seed: int = 0
     broken: Literal["error", "skip"] = "error"
     ceiling: int = Field(default=0, ge=0)
     workers: int = Field(default=2, ge=0)
@@ -123,7 +128,7 @@ def read_recipe(path: str | Path | None = None, changes: Sequence[str] = (), **s
         key, equals, text = change.partition("=")
         if not equals or not key.strip():
             raise RecipeError(f"{change!r} is not key=value, such as train.lr=0.002 or method.rank=16")
-        _put(data, key.strip().split("."), _value(text.strip()))
+        _put(data, key.strip().split("."), parse_value(text.strip()))
     try:
         recipe = Recipe(**data)
     except pydantic.ValidationError as error:
@@ -150,7 +155,8 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
     data[keys[-1]] = value
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """A value as TOML has it, or else the text itself."""
     try:
         return tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:

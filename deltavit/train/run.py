@@ -4,6 +4,7 @@
     metrics.jsonl        a line each optimizer step; `accuracy` (on val) at the end of each epoch
     checkpoint-*         what is needed to continue, gone once the run is done
     adapter.safetensors  the result
+    test-reads.jsonl     each reading of the test split: after which step, by which weights
     run.json             the result's numbers, and the manifest of the data
     curves.png           loss and validation accuracy
 
@@ -16,7 +17,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,28 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..core.attach import attach
+from ..core.attach import Adapter, attach
 from ..core.errors import TrainingError
-from ..core.sealed import write_bytes
+from ..core.sealed import read, write, write_bytes
 from ..core.site import anatomy
-from ..data import Images, open_data
+from ..data import Dataset, Images, Split, open_data
 from ..models import load_model
 from ..store import Checkpoints, FolderLock
 from . import ddp
-from .evaluate import evaluate
+from .evaluate import Evaluation, computed_in, evaluate
 from .fit import Step, fit
-from .recipe import Recipe, read_recipe
+from .memory import forget_peak, peak_memory
+from .recipe import DataSection, Recipe, read_recipe
+from .testsplit import TestSplit, clean, readings, weights_digest
 
-SPLIT = ("seed", "val", "test", "train_list")
+SPLIT = ("seed", "val", "test", "train_list", "shots", "shots_seed")
 """Keys of [data] that say how pictures are cut into splits; an adapter keeps them, so that its test split stays one."""
+EPOCH = "epoch-{}.safetensors"
+
+
+def open_splits(section: DataSection) -> Dataset:
+    """The pictures that a recipe's [data] names, cut as it says."""
+    return open_data(section.path, **{key: getattr(section, key) for key in SPLIT})
 
 
 def pick_device(asked: str = "auto") -> torch.device:
@@ -61,12 +70,19 @@ def run(
     *,
     resume: bool = False,
     test: bool = True,
+    leaky: int = 0,
+    curves: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Generator[Step, None, dict[str, Any]]:
     """Carry out a recipe in the folder `out`; the generator's return value is the content of run.json.
 
     The test split is read once, after training, where `test` is true and the data set has one.  Closing the generator
     leaves a checkpoint, from which `resume=True` continues: on a CPU to the bit as if it had never stopped.
+
+    Args:
+        leaky: also report the best test accuracy among the states of every `leaky`-th epoch, as papers do that choose
+            their epoch on test; 0 for no.  The states are kept on disk and read after training, so the result is clean.
+        curves: draw curves.png.
 
     Raises:
         TrainingError: the folder holds a run already (without `resume`), another process owns it, or training fails.
@@ -78,12 +94,19 @@ def run(
         raise TrainingError("no data: give --data FOLDER, or data.path in the recipe")
     if main:
         with FolderLock(out):
-            return (yield from _run(recipe, out, resume, test, say, main))
-    return (yield from _run(recipe, out, resume, test, lambda line: None, main))
+            return (yield from _run(recipe, out, resume, test, leaky, curves, say, main))
+    return (yield from _run(recipe, out, resume, test, leaky, curves, lambda line: None, main))
 
 
 def _run(
-    recipe: Recipe, out: Path, resume: bool, test: bool, say: Callable[[str], None], main: bool
+    recipe: Recipe,
+    out: Path,
+    resume: bool,
+    test: bool,
+    leaky: int,
+    curves: bool,
+    say: Callable[[str], None],
+    main: bool,
 ) -> Generator[Step, None, dict[str, Any]]:
     toml, result_file, metrics_file = out / "recipe.toml", out / "run.json", out / "metrics.jsonl"
     if main and toml.exists():
@@ -96,31 +119,37 @@ def _run(
         return json.loads(result_file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     began = time.monotonic()
     device = pick_device(recipe.device)
-    data = open_data(
-        recipe.data.path, seed=recipe.data.seed, val=recipe.data.val, test=recipe.data.test,
-        train_list=recipe.data.train_list,
-    )  # fmt: skip
+    forget_peak(device)
+    data = open_splits(recipe.data)
     for note in data.notes:
         say(f"note: {note}")
     model = load_model(
         recipe.model.name, recipe.model.weights, image_size=recipe.model.image_size, resize=recipe.model.resize,
-        normalize=recipe.model.normalize,
+        normalize=recipe.model.normalize, pixels=recipe.model.pixels,
     )  # fmt: skip
     vit = anatomy(model)
     adapter = attach(model, recipe.build_method(), classes=data.classes, seed=recipe.train.seed)
     model.to(device)
     body, head = adapter.trainable_parameters, adapter.head_size
     say(f"{adapter.method.name} on {vit.name}, {device}: {body:,} trainable parameters and a head of {head:,}")
+    joined = recipe.data.train_on == "train+val"
     train = Images(
-        data.train, vit.preprocessing, broken=recipe.data.broken, ceiling=recipe.data.ceiling,
+        data.whole if joined else data.train, vit.preprocessing, broken=recipe.data.broken, ceiling=recipe.data.ceiling,
         workers=recipe.data.workers,
     )  # fmt: skip
-    val = Images(data.val, vit.preprocessing, broken="miss", workers=recipe.data.workers)
+
+    def shown(split: Split) -> Images:
+        return Images(split, vit.preprocessing, broken="miss", workers=recipe.data.workers)
+
+    def score(images: Images) -> Evaluation:
+        return evaluate(model, images, precision=recipe.train.precision)
+
+    val = None if joined else shown(data.val)
     if main and not toml.exists():  # only now, so that a wrong path leaves no run behind
         write_bytes(toml, recipe.toml().encode())
     checkpoints = Checkpoints(out)
     loss, seconds = _keep(metrics_file, checkpoints) if main else (None, 0.0)
-    accuracy = None
+    accuracy, trained = None, seconds
     with (
         metrics_file.open("a", encoding="utf-8") if main else open(os.devnull, "w") as log,
         closing(fit(model, adapter, train, val, recipe.train, checkpoints=checkpoints)) as steps,
@@ -130,21 +159,31 @@ def _run(
             row = {k: v for k, v in vars(step).items() if v is not None}
             log.write(json.dumps({**row, "seconds": round(step.seconds + seconds, 3)}) + "\n")
             log.flush()
+            trained = step.seconds + seconds
+            if main and leaky and step.step % (step.steps // recipe.train.epochs) == 0 and not (step.epoch + 1) % leaky:
+                write(out / EPOCH.format(step.epoch + 1), adapter.tensors(), {})
             yield step
     for line in [*checkpoints.notes, *(f"skipped: {b}" for b in train.broken)]:
         say(line)
-    if accuracy is None:  # a run that had done its last step before it was resumed
-        accuracy = evaluate(model, val, precision=recipe.train.precision).accuracy
-    tested = None
+    if accuracy is None and val is not None:  # a run that had done its last step before it was resumed
+        accuracy = score(val).accuracy
+    tested = best = None
     if test and data.test is not None:
-        tested = evaluate(
-            model, Images(data.test, vit.preprocessing, broken="miss", workers=recipe.data.workers),
-            precision=recipe.train.precision,
-        )  # fmt: skip
+        done, planned = _last_step(metrics_file), -(-len(train) // recipe.train.batch_size) * recipe.train.epochs
+
+        def unlock(state: Mapping[str, torch.Tensor], purpose: str = "result") -> Split:
+            return locked.open(step=done, steps=planned, weights=weights_digest(state), purpose=purpose)
+
+        locked = TestSplit(data.test, out)
+        final = shown(unlock(adapter.tensors()) if main else data.test)
+        tested = score(final)
+        if leaky and main:
+            best = _best_on_test(adapter, out, lambda: score(final), unlock)
     result: dict[str, Any] = {
         "test_accuracy": None if tested is None else tested.accuracy,
         "test_class_accuracy": None if tested is None else tested.class_accuracy,
         "test_missed": None if tested is None else tested.missed,
+        "test_pictures": None if tested is None else tested.pictures,
         "val_accuracy": accuracy,
         "method": adapter.method.name,
         "model": vit.name,
@@ -157,8 +196,8 @@ def _run(
         "device": str(device),
     }
     told = recipe.plain()
-    split = {key: told["data"][key] for key in SPLIT if key in told["data"]}
-    adapter.summary = {**result, "recipe": {"train": told["train"], "data": split}, "deltavit": __version__}
+    cut = {key: told["data"][key] for key in (*SPLIT, "train_on") if key in told["data"]}
+    adapter.summary = {**result, "recipe": {"train": told["train"], "data": cut}, "deltavit": __version__}
     if not main:
         return result
     size = adapter.save(out / "adapter.safetensors")
@@ -166,16 +205,53 @@ def _run(
         "adapter": str(out / "adapter.safetensors"),
         "adapter_bytes": size,
         "seconds": round(seconds + time.monotonic() - began, 2),
+        "train_seconds": round(trained, 2),
+        "peak_bytes": peak_memory(device),
+        "threads": torch.get_num_threads(),
+        "precision": computed_in(device, recipe.train.precision),
+        "by_class": None if tested is None else dict(zip(data.classes, tested.by_class, strict=True)),
+        "test_reads": (read_before := readings(out)),
+        "clean": clean(read_before),
+        "leaky": best,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "preprocessing": vars(vit.preprocessing),
         "data": data.manifest(),
     }
-    _curves(metrics_file, out / "curves.png", say)
+    if curves:
+        _curves(metrics_file, out / "curves.png", say)
     write_bytes(result_file, (json.dumps(result, indent=2) + "\n").encode())
-    for path in out.glob("checkpoint-*.safetensors"):
+    for path in [*out.glob("checkpoint-*.safetensors"), *out.glob(EPOCH.format("*"))]:
         path.unlink(missing_ok=True)
     return result
+
+
+def _best_on_test(
+    adapter: Adapter, out: Path, score: Callable[[], Evaluation], unlock: Callable[..., Split]
+) -> dict[str, Any]:
+    """The best of the kept states on test, and its epoch: what a protocol that leaks would have reported."""
+    tensors = adapter.tensors()
+    final = {name: value.detach().clone() for name, value in tensors.items()}
+    scores = {}
+    for path in sorted(out.glob(EPOCH.format("*"))):
+        state, _ = read(path)
+        unlock(state, "leaky")
+        _restore(tensors, state)
+        scores[int(path.stem.split("-")[1])] = score().accuracy
+    _restore(tensors, final)
+    epoch = max(scores, key=lambda epoch: (scores[epoch], -epoch))
+    return {"accuracy": scores[epoch], "epoch": epoch}
+
+
+def _restore(tensors: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in tensors.items():
+            value.copy_(state[name])
+
+
+def _last_step(metrics: Path) -> int:
+    rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    return int(json.loads(rows[-1])["step"]) if rows else 0
 
 
 def _changed(was: Any, now: Any, name: str = "") -> str:
