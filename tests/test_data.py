@@ -627,3 +627,13 @@ def test_pictures_asked_for_ahead_are_those_of_the_batch(tmp_path):
     assert torch.equal(images.batch([4, 3, 0])[0], plain[[4, 3, 0]])
     assert torch.equal(images.batch([5, 5, 1])[0], plain[[5, 5, 1]])
     assert not images._coming
+
+
+def test_lists_may_leave_a_class_to_test_alone_and_say_so(tmp_path):
+    picture(lists(tmp_path) / "images" / "extra.png", 77)
+    with (tmp_path / "test.txt").open("a") as file:
+        file.write("images/extra.png 2\n")
+    data = open_data(tmp_path)
+    assert data.classes == ("0", "1", "2")
+    assert 2 in data.test.labels
+    assert "1 of 3 classes have no picture in train ('2'): they cannot be learned" in data.notes

@@ -10,8 +10,11 @@ import torch
 import deltavit
 from deltavit.bench import bench, estimate, read_records, read_suite
 from deltavit.bench.engine import Here
+from deltavit.bench.work import work
 from deltavit.core.errors import DataError, DeltavitError, FileError, RecipeError, TrainingError
 from deltavit.core.sealed import write_bytes
+from deltavit.train.recipe import Recipe
+from deltavit.train.run import run as train
 
 RECIPES = Path(deltavit.__file__).parents[1] / "recipes"
 SUITE = """
@@ -323,3 +326,25 @@ def test_every_suite_that_comes_with_us_can_be_read_and_counted_without_its_data
     assert guess.cells == len(list(told.cells())) > 0
     assert guess.disk > 0
     assert guess.pictures > 0 or guess.missing
+
+
+def test_a_run_under_way_goes_on_where_its_pictures_lie_elsewhere(suite, tmp_path, pictures):
+    told = suite(seeds=[0], methods=["bitfit"], **{"train.epochs": 2})
+    (cell,) = told.cells()
+    spec = cell.spec()
+    steps = train(Recipe(**spec["recipe"]).model_copy(update={"data": _at(spec, pictures)}), tmp_path / "run")
+    while next(steps).epoch < 1:
+        pass
+    steps.close()
+    (tmp_path / "sets" / "colours").rename(tmp_path / "sets" / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "colours").symlink_to(pictures)
+    moved = work({**spec, "root": str(tmp_path / "elsewhere")}, {}, str(tmp_path / "run"))
+    (tmp_path / "sets" / "moved").rename(tmp_path / "sets" / "colours")
+    _, (whole,) = run(told, tmp_path / "out")
+    assert moved["test_accuracy"] == whole["test_accuracy"]
+    assert moved["test_reads"] == whole["test_reads"]
+
+
+def _at(spec, pictures):
+    return Recipe(**spec["recipe"]).data.model_copy(update={"path": str(pictures)})

@@ -25,6 +25,7 @@ from ..core.attach import attach
 from ..core.errors import DataError
 from ..core.sealed import shown, write_bytes
 from ..core.site import anatomy
+from ..data.digits import write_digits
 from ..models import load_model, skeleton
 from ..store import FolderLock
 from ..train.run import open_splits, pick_device
@@ -33,6 +34,8 @@ from .record import SUFFIX, read_record, write_record
 from .suite import Cell, Study, Suite, differs
 from .work import forget
 
+EMBEDDED = "scikit-learn"
+"""The builder of tasks whose pictures come in a package."""
 TRIES = 2
 """How often a piece is started whose worker or node was lost."""
 
@@ -94,7 +97,9 @@ def bench(
                     if piece.key not in running:
                         kind = "runs" if isinstance(piece, Cell) else "studies"
                         tries[piece.key] = tries.get(piece.key, 0) + 1
-                        place.start(piece.key, piece.spec(), made.found, str(out / kind / piece.key))
+                        spec = piece.spec()
+                        needs = {key: made.found[key] for key in (spec.get("study"), spec["head"]) if key is not None}
+                        place.start(piece.key, spec, needs, str(out / kind / piece.key))
                         running[piece.key] = piece
                 for end in place.finished(timeout=1.0):
                     piece = running.pop(end.key)
@@ -163,7 +168,10 @@ def _ready(todo: Any, made: _Studies) -> Iterator[Cell | Study]:
 
 
 def _present(suite: Suite) -> None:
-    """Refuse missing data sets, all in one line, before anything begins."""
+    """Refuse missing data sets, all in one line, before anything begins; make those that need nothing but a package."""
+    for task in suite.protocol.tasks:
+        if task.builder == EMBEDDED and task.name in suite.sets:
+            write_digits(Path(suite.place(suite.data.root)) / task.name)
     suite.protocol.find(suite.place(suite.data.root), suite.sets)
 
 

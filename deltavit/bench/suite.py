@@ -228,7 +228,7 @@ class Cell:
         study = self.study
         return {
             "kind": "cell", "key": self.key, "set": self.set, **_where(self.suite), "recipe": self.recipe.plain(),
-            "study": study.key if study else None, "leaky": self.suite.leaky,
+            "study": study.key if study else None, "head": None, "leaky": self.suite.leaky,
             "keep_adapters": self.suite.keep_adapters,
         }  # fmt: skip
 

@@ -15,6 +15,7 @@ import torch
 
 from .. import __version__
 from ..core.errors import DataError, DeltavitError
+from ..core.sealed import write_bytes
 from ..data.protocols import protocol
 from ..search import Search, search
 from ..train.recipe import Recipe, read_recipe
@@ -60,6 +61,7 @@ def _cell(spec: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) 
         if study["head_lr"] is not None:
             chosen["train.head_lr"] = study["head_lr"]
         recipe = _with(recipe, chosen)
+    _moved(folder / "recipe.toml", recipe)
     result = drain(run(recipe, folder, resume=True, leaky=spec["leaky"], curves=False))
     if result["test_accuracy"] is None:
         raise DataError(f"{recipe.data.path} has no test split: a benchmark needs one")
@@ -102,6 +104,17 @@ def _opened(spec: dict[str, Any]) -> Recipe:
     if not told.open:
         told.check(spec["set"], open_splits(recipe.data.model_copy(update={"shots": None})))
     return recipe
+
+
+def _moved(toml: Path, recipe: Recipe) -> None:
+    """Let a run go on whose pictures or weights lie elsewhere now; its checkpoint knows them by their digests."""
+    if toml.is_file():
+        was = read_recipe(toml)
+        data = was.data.model_copy(update={"path": recipe.data.path, "workers": recipe.data.workers})
+        model = was.model.model_copy(update={"weights": recipe.model.weights})
+        write_bytes(
+            toml, was.model_copy(update={"data": data, "model": model, "device": recipe.device}).toml().encode()
+        )
 
 
 def _with(recipe: Recipe, values: dict[str, Any]) -> Recipe:

@@ -13,10 +13,11 @@ from .. import __version__
 from ..core.errors import DeltavitError
 from . import files, inspect, tasks
 from .bench import bench
+from .data import data
 from .demo import demo
+from .output import Interrupted, say
 from .report import report
 from .search import search
-from .output import Interrupted, say
 
 
 def _version(asked: bool) -> None:
@@ -47,6 +48,7 @@ for command in (
     inspect.doctor, search, bench, report, demo,
 ):  # fmt: skip
     app.command()(command)
+app.add_typer(data)
 
 
 def main() -> None:

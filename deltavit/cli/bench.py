@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -33,7 +34,9 @@ def bench(
     threads: Annotated[Optional[int], typer.Option(min=1, help="Of each worker; else the cores shared.")] = None,  # noqa: UP045
     devices: Annotated[Optional[str], typer.Option(help="One for each worker in turn: cuda:0,cuda:1.")] = None,  # noqa: UP045
     memory: Annotated[Optional[float], typer.Option(help="GiB that a worker may take.")] = None,  # noqa: UP045
-    on: Annotated[Optional[str], typer.Option(help="A Ray cluster: ray://HOST:10001, ray:auto, or ray:local.")] = None,  # noqa: UP045
+    on: Annotated[
+        str | None, typer.Option(help="A Ray cluster: ray://HOST:10001, ray:HOST:6379, ray:auto or ray:local.")
+    ] = None,
     cpus: Annotated[float, typer.Option(help="Processors that a piece takes on Ray.")] = 1,
     gpus: Annotated[float, typer.Option(help="GPUs that a piece takes on Ray; parts are allowed.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Cells, hours and disk; trains nothing.")] = False,
@@ -48,17 +51,20 @@ def bench(
     if dry_run:
         _dry(told, out, json)
         return
+    bytes_ = None if memory is None else int(memory * 2**30)
     engine: Engine
     if on is not None:
         from ..bench.ray import Ray
 
-        engine = Ray(on, cpus=cpus, gpus=gpus)
+        if devices or threads or workers > 1:
+            raise RecipeError("--workers, --threads and --devices are of this machine; with --on say --cpus and --gpus")
+        engine = Ray(on, cpus=cpus, gpus=gpus, memory=bytes_)
     elif workers == 0:
         engine = Here()
     else:
         engine = Local(
             workers, devices=devices.split(",") if devices else (), threads=threads,
-            memory=None if memory is None else int(memory * 2**30),
+            memory=bytes_,
         )  # fmt: skip
     began = time.monotonic()
     with interruptible("stopping: what runs is left to continue later; press Ctrl-C again to stop at once") as asked:
@@ -75,9 +81,7 @@ def bench(
                 say(f"[{end.done}/{end.total}] {end.key}  {_told(end)}  {time.monotonic() - began:.0f} s")
         failed = [r for r in records if r["status"] == "failed"]
         if asked():
-            raise Interrupted(
-                f"stopped; continue with: deltavit bench {shlex.quote(str(suite))} --out {shlex.quote(str(out))}"
-            )
+            raise Interrupted(f"stopped; the same command continues it: deltavit {shlex.join(sys.argv[1:])}")
     for record in failed:
         say(f"failed: {record['key']}: {record['error']['line']}")
     values = {

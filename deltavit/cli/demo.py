@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..demo.compare import EPOCHS, METHODS, RATES, SEEDS, run, search, write_digits
+from ..data.digits import write_digits
+from ..demo.compare import EPOCHS, METHODS, RATES, SEEDS, run, search
 from . import options as o
 from .output import bar, result, say, table
 

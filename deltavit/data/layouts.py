@@ -82,7 +82,11 @@ def open_data(
             raise DataError(f"shots={shots}: there must be at least one picture a class")
         splits["train"] = few(splits["train"], shots, shots_seed)
         splits["val"] = few(splits["val"], min(shots, VAL_SHOTS), shots_seed, exactly=False)
-    notes = [*_skipped(found.skipped), *_overlaps([splits[name] for name in LISTS if name in splits])]
+    notes = [
+        *_skipped(found.skipped),
+        *_untrained(classes, splits["train"]),
+        *_overlaps([splits[name] for name in LISTS if name in splits]),
+    ]
     return Dataset(tuple(classes), splits["train"], splits["val"], splits.get("test"), notes, found.kind, seed)
 
 
@@ -192,12 +196,10 @@ def _named(found: Found, root: Path, count: int) -> list[str]:
     """The names of the integers, which then replace them; without a file of names, they name themselves."""
     file = next((root / name for name in CLASS_LISTS if (root / name).is_file()), None)
     if file is None:
-        used = {int(label) for _, label in found.parts["train"]}
+        used = {int(label) for items in found.parts.values() for _, label in items}
         gap = next((i for i in range(count) if i not in used), None)
         if gap is not None:
-            raise DataError(
-                f"labels go up to {count - 1}, but class {gap} has no picture in train; number them without gaps"
-            )
+            raise DataError(f"labels go up to {count - 1}, but class {gap} has no picture; number them without gaps")
         return [str(i) for i in range(count)]
     names = [line.strip() for line in _text(file).split("\n") if line.strip()]
     if len(set(names)) < len(names):
@@ -257,12 +259,14 @@ def _check(found: Found, train_list: str | None) -> None:
     train = found.parts.get("train") or found.parts.get("all")
     if not train:
         raise DataError(f"no pictures to train on in {shown(found.root)}")
-    known = {name for _, name in train}
+    trained = {name for _, name in train}
+    # lists are made by drawing pictures, 800 from 397 classes say: some classes may then be in test alone
+    known = {n for items in found.parts.values() for _, n in items} if found.kind == "lists" else trained
     for name in found.classes or ():
         if name not in known:
             raise DataError(f"class {name!r} has no picture in train; add some or remove its name")
-    if len(known) < 2:
-        raise DataError(f"{shown(found.root)} has one class only, {known.pop()!r}; a classifier needs two or more")
+    if len(trained) < 2:
+        raise DataError(f"{shown(found.root)} has one class only, {trained.pop()!r}; a classifier needs two or more")
     seen: dict[str, str] = {}
     for split, items in found.parts.items():
         for path, name in items:
@@ -288,6 +292,14 @@ def _skipped(skipped: Counter[str]) -> Iterator[str]:
     for reason, count in sorted(skipped.items()):
         if count:
             yield f"skipped {count} {reason}"
+
+
+def _untrained(classes: Sequence[str], train: Split) -> Iterator[str]:
+    trained = set(train.labels)
+    missing = [name for i, name in enumerate(classes) if i not in trained]
+    if missing:
+        first = ", ".join(map(repr, missing[:3]))
+        yield f"{len(missing)} of {len(classes)} classes have no picture in train ({first}): they cannot be learned"
 
 
 def _overlaps(splits: Sequence[Split]) -> Iterator[str]:

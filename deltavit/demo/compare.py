@@ -10,14 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from ..core.attach import attach
-from ..core.errors import DataError
 from ..core.method import method
 from ..core.site import anatomy
 from ..data import Images, open_data
+from ..data.digits import TRAIN, write_digits
 from ..models import load_model
 from ..train import Training, evaluate, fit
 
@@ -32,26 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
 """What is compared, with the rates that `deltavit demo --search --epochs 15` chooses on the val split with seed 0."""
 
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
-TRAIN, VAL = 200, 200
 EPOCHS, BATCH, SEEDS = 12, 32, 3
 HEAD_RATE = 1e-2
-
-
-def write_digits(folder: Path) -> Path:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8, as train/val/test folders of PNG files: 200, 200 and 1,397."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError("the demo's images come with scikit-learn: pip install 'deltavit[demo]'") from None
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    for position, index in enumerate(order):
-        split = "train" if position < TRAIN else "val" if position < TRAIN + VAL else "test"
-        path = folder / split / str(digits.target[index]) / f"{index:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
-        Image.fromarray(pixels).save(path)
-    return folder
 
 
 @dataclasses.dataclass(frozen=True)
