@@ -95,7 +95,7 @@ def test_train_makes_a_run_of_a_folder(run, pictures, tmp_path):
     assert done.out.count("\n") == 1
     assert "epoch   3" in done.err
     kept = {path.name for path in (tmp_path / "run").iterdir()} - {"curves.png", ".lock"}
-    assert kept == {"recipe.toml", "metrics.jsonl", "adapter.safetensors", "run.json"}
+    assert kept == {"recipe.toml", "metrics.jsonl", "adapter.safetensors", "run.json", "test-reads.jsonl"}
     assert json.loads((tmp_path / "run" / "run.json").read_text()).items() >= done.json.items()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 10))

@@ -17,6 +17,7 @@ import typer
 from PIL import Image
 
 import deltavit
+from deltavit.bench import read_suite
 from deltavit.cli import app
 from deltavit.core.errors import MethodError
 from deltavit.train.recipe import DataSection, ModelSection, read_recipe
@@ -31,7 +32,9 @@ GENERATED = {
 }
 WRITTEN = [p for p in PAGES if p not in GENERATED]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+TOMLS = sorted((ROOT / "recipes").glob("*.toml"))
+RECIPES = [path for path in TOMLS if "[[methods]]" not in path.read_text("utf-8")]
+"""Of one run; the others are suites, which tests/test_suite.py reads."""
 RUN = [
     "README.md",
     "docs/concepts.md",
@@ -231,7 +234,7 @@ def commands(path):
         yield shlex.split(code)
 
 
-@pytest.mark.parametrize("page", [name(path) for path in [*WRITTEN, *RECIPES]])
+@pytest.mark.parametrize("page", [name(path) for path in [*WRITTEN, *TOMLS]])
 def test_every_command_in_the_documents_exists(page):
     path = ROOT / page
     known = typer.main.get_command(app).commands
@@ -243,15 +246,25 @@ def test_every_command_in_the_documents_exists(page):
         found = list(commands(path))
     for first, *words in found:
         assert first in known, f"{page}: deltavit {first}"
-        flags = {flag for p in known[first].params for flag in [*p.opts, *p.secondary_opts]}
+        command = known[first]
+        if group := getattr(command, "commands", None):
+            assert not words or words[0] in group, f"{page}: deltavit {first} {words[0]}"
+            command = group[words[0]] if words else command
+        flags = {flag for p in command.params for flag in [*p.opts, *p.secondary_opts]}
         for word in words:
             assert not word.startswith("--") or word.partition("=")[0] in flags, f"{page}: deltavit {first} {word}"
         _changes(first, words, page)
 
 
 def _changes(command, words, page):
-    changes = [w for w in words if re.fullmatch(r"[a-z_.]+=.*", w)]
-    if command not in ("train", "plan"):
+    spaces = [value for flag, value in itertools.pairwise(words) if flag == "--space"]
+    changes = [w for w in words if re.fullmatch(r"[a-z_.]+=.*", w) and w not in spaces]
+    if command == "bench":
+        suite = ROOT / words[0] if words else ROOT / "none"
+        if suite.exists():
+            read_suite(suite, dict(change.split("=", 1) for change in changes if change.startswith("data.root")))
+        return
+    if command not in ("train", "plan", "search"):
         assert not changes, f"{page}: {command} takes no {changes}"
         return
     values = dict(itertools.pairwise(words))

@@ -7,7 +7,7 @@ from pathlib import Path
 import deltavit
 
 FLOORS = {
-    "core": 0, "models": 1, "methods": 1, "analysis": 2, "data": 2, "store": 2, "train": 3,
+    "core": 0, "models": 1, "methods": 1, "analysis": 4, "data": 2, "store": 2, "train": 3,
     "search": 4, "serve": 4, "demo": 4, "bench": 5, "report": 6, "cli": 7,
 }  # fmt: skip
 ROOT = Path(deltavit.__file__).parent

@@ -26,6 +26,7 @@ from ..core.errors import DataError
 from ..core.sealed import shown, write_bytes
 from ..core.site import anatomy
 from ..data.digits import write_digits
+from ..data.protocols import EMBEDDED
 from ..models import load_model, skeleton
 from ..store import FolderLock
 from ..train.run import open_splits, pick_device
@@ -34,8 +35,6 @@ from .record import SUFFIX, read_record, write_record
 from .suite import Cell, Study, Suite, differs
 from .work import forget
 
-EMBEDDED = "scikit-learn"
-"""The builder of tasks whose pictures come in a package."""
 TRIES = 2
 """How often a piece is started whose worker or node was lost."""
 

@@ -330,6 +330,16 @@ def read_suite(path: str | Path, changes: dict[str, Any] | None = None) -> Suite
     return suite
 
 
+def planned(folder: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Title and cells of the suite that a folder of results was made from; nothing where it does not tell."""
+    try:
+        suite = Suite(**json.loads((folder / "suite.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecipeError):  # records alone, of several suites perhaps
+        return "", []
+    names = ("model", "method", "set", "shots", "seed")
+    return suite.title or suite.name, [{name: getattr(cell, name) for name in names} for cell in suite.cells()]
+
+
 def _line(error: pydantic.ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function"))

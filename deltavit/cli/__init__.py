@@ -13,7 +13,7 @@ from .. import __version__
 from ..core.errors import DeltavitError
 from . import files, inspect, tasks
 from .bench import bench
-from .data import data
+from .data import data as protocols
 from .demo import demo
 from .output import Interrupted, say
 from .report import report
@@ -48,7 +48,7 @@ for command in (
     inspect.doctor, search, bench, report, demo,
 ):  # fmt: skip
     app.command()(command)
-app.add_typer(data)
+app.add_typer(protocols)
 
 
 def main() -> None:

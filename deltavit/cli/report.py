@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ..bench.record import read_records
+from ..bench.suite import planned
 from ..core.errors import DataError, unknown
 from ..core.sealed import write_bytes
 from ..report.summary import summary
@@ -38,7 +39,8 @@ def report(
         say(f"left out: {line}")
     if not records:
         raise DataError(f"{out} holds no record that can be read")
-    told = summary(records, title=title)
+    known_as, cells = planned(out)
+    told = summary(records, title=title or known_as, planned=cells)
     folder = to or out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     written = []

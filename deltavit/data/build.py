@@ -32,7 +32,7 @@ from ..core.errors import DataError, unknown
 from .decode import decode, shown
 from .formats import Array, Tree, mat, norb, png, suffix
 from .layouts import SPLIT_NAMES, SUFFIXES, open_data
-from .protocols import CUT, LISTS_ONLY, MANIFEST, Protocol, Task
+from .protocols import CUT, EMBEDDED, LISTS_ONLY, MANIFEST, Protocol, Task
 from .splits import cut
 
 HUB = "hf:"
@@ -119,6 +119,8 @@ def _read(task: Task, source: str | Path) -> tuple[Official, dict[str, str]]:
         return hub(str(source).removeprefix(HUB), task.hub_label), {}
     if task.builder == LISTS_ONLY:
         raise DataError(f"{task.name} is not built here: {task.notes or 'there is no reader for it'}")
+    if task.builder == EMBEDDED:
+        raise DataError(f"{task.name} comes with {EMBEDDED}: `deltavit bench` makes its files by itself")
     if task.builder not in READERS:
         raise DataError(unknown("reader", task.builder, READERS))
     tree = Tree(source)

@@ -21,6 +21,8 @@ from .splits import Dataset
 MANIFEST = "manifest.json"
 """What `deltavit data build` says about a folder that it made."""
 LISTS_ONLY = "lists only"
+EMBEDDED = "scikit-learn"
+"""The builder of tasks whose pictures come in a package: a suite makes them by itself."""
 CUT = "deltavit 1"
 """The name of our builder's cut; another number for another rule."""
 

@@ -8,29 +8,29 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..bench.record import FORMAT
 from ..core.errors import DataError
+from ..models.load import PIXELS
 from .published import MEANS, contents, find, known_as
 from .stats import TASKS, compare, pe, spread
 
-FORMAT = 1
-PIXELS = {
-    "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "CLIP": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
-"""Usual normalisations of pixels in [0, 1]: mean and standard deviation of the three channels."""
+HABITS = {"imagenet": "ImageNet", "clip": "CLIP", "half": "0.5", "none": "none"}
+"""What the usual normalisations of pixels are called in a caption."""
 GROUPS = ("natural", "specialized", "structured")
 
 Record = dict[str, Any]
 
 
-def summary(records: Sequence[Record], *, title: str = "") -> dict[str, Any]:
+def summary(records: Sequence[Record], *, title: str = "", planned: Sequence[Record] = ()) -> dict[str, Any]:
     """What all renderers show, from the records of runs in any order; plain values that JSON can hold.
 
     A record whose test split was read before training ended, or of another format, is in no table: it is listed with
     the reason.  Means over data sets are taken seed by seed, over the seeds that all data sets have, and their spread
     is over seeds; a method that lacks a data set has none.
+
+    Args:
+        planned: {"model", "method", "set", "shots", "seed"} of each cell that there shall be; those without a record
+            are missing, as are those that a full grid of what is there would have.
 
     Returns:
         {"title", "caption": [line, ..], "models": [..], "methods": [..],
@@ -83,7 +83,7 @@ def summary(records: Sequence[Record], *, title: str = "") -> dict[str, Any]:
         "runs": [_run(r) for r in sorted(done, key=lambda r: (r["model"], methods.index(r["method"]), *_order(r)))],
         "failed": sorted(({"key": r["key"], "line": _line(r)} for r in failed), key=lambda f: f["key"]),
         "excluded": sorted(excluded, key=lambda e: (e["key"], e["why"])),
-        "missing": _missing(known, models, methods, sets),
+        "missing": _missing(known, models, methods, sets, planned),
         "published": [entry for row in rows for entry in _published(row, done, sets)],
     }
 
@@ -94,9 +94,10 @@ def set_key(name: str, shots: int | None) -> str:
 
 def pixels(mean: Sequence[float], std: Sequence[float]) -> str:
     """The name of a normalisation, or its numbers."""
-    for name, (m, s) in PIXELS.items():
-        if all(abs(a - b) < 1e-4 for a, b in zip((*mean, *std), (*m, *s), strict=True)):
-            return name
+    for name, shown in HABITS.items():
+        usual = (*PIXELS[name]["mean"], *PIXELS[name]["std"])
+        if all(abs(a - b) < 1e-4 for a, b in zip((*mean, *std), usual, strict=True)):
+            return shown
     return f"mean {_numbers(mean)}, std {_numbers(std)}"
 
 
@@ -207,16 +208,21 @@ def _methods(known: Sequence[Record], done: Sequence[Record]) -> list[str]:
 
 
 def _missing(
-    known: Sequence[Record], models: Sequence[str], methods: Sequence[str], sets: Sequence[Mapping[str, Any]]
+    known: Sequence[Record],
+    models: Sequence[str],
+    methods: Sequence[str],
+    sets: Sequence[Mapping[str, Any]],
+    planned: Sequence[Record],
 ) -> list[dict[str, Any]]:
-    """Cells of the grid that no record answers, not even a failed one."""
+    """Cells of the plan and of the grid that no record answers, not even a failed one."""
     have = {(r["model"], r["method"], _key(r), r["seed"]) for r in known}
     seeds = {s["key"]: sorted({r["seed"] for r in known if _key(r) == s["key"]}) for s in sets}
-    return [
+    grid = [
         {"model": model, "method": method, "set": s["name"], "shots": s["shots"], "seed": seed}
         for model in models for method in methods for s in sets for seed in seeds[s["key"]]
-        if (model, method, s["key"], seed) not in have
     ]  # fmt: skip
+    cells = [*planned, *(cell for cell in grid if cell not in planned)]
+    return [dict(c) for c in cells if (c["model"], c["method"], set_key(c["set"], c["shots"]), c["seed"]) not in have]
 
 
 # One row
