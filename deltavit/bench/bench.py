@@ -8,10 +8,12 @@ OUT/runs/           cells under way, each an ordinary run folder with its checkp
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,87 +85,90 @@ def bench(
     _present(suite)
     with FolderLock(out):
         write_bytes(out / "suite.json", (suite.model_dump_json(indent=1, exclude={"folder"}) + "\n").encode())
-        records = {key: record for key, record in _records(out / "records", cells, say) if record is not None}
-        todo = {c.key: c for c in cells if c.key not in records or (retry and records[c.key]["status"] == "failed")}
-        made = _Studies(out / "studies")
-        tries: dict[str, int] = {}
+        desk = _Desk(out, cells, dict(_records(out / "records", cells, say)), retry)
+        tries: Counter[str] = Counter()
         running: dict[str, Cell | Study] = {}
         with engine or Local() as place:
-            while (todo or running) and not stop():
-                for piece in _ready(todo.values(), made):
+            while (desk.todo or running) and not stop():
+                for piece in desk.ready():
                     if not place.free:
                         break
                     if piece.key not in running:
-                        kind = "runs" if isinstance(piece, Cell) else "studies"
-                        tries[piece.key] = tries.get(piece.key, 0) + 1
-                        spec = piece.spec()
-                        needs = {key: made.found[key] for key in (spec.get("study"), spec["head"]) if key is not None}
-                        place.start(piece.key, spec, needs, str(out / kind / piece.key))
                         running[piece.key] = piece
+                        tries[piece.key] += 1
+                        spec = piece.spec()
+                        needs = {key: desk.found[key] for key in (spec.get("study"), spec["head"]) if key is not None}
+                        place.start(piece.key, spec, needs, str(desk.folder(piece)))
                 for end in place.finished(timeout=1.0):
                     piece = running.pop(end.key)
                     if end.lost and tries[end.key] < TRIES:
                         say(f"{end.key}: {(end.error or {}).get('line')}; it is tried again")
-                        continue
-                    if isinstance(piece, Study):
-                        made.keep(end)
-                        for cell in [c for c in todo.values() if made.failed(c.study)]:
-                            error = {**(end.error or {}), "line": f"its search failed: {(end.error or {}).get('line')}"}
-                            records[cell.key] = write_record(out / "records", _failed(cell, error, 0))
-                            del todo[cell.key]
-                            yield _outcome(cell, records[cell.key], len(cells) - len(todo), len(cells))
-                        yield Outcome(
-                            end.key, "search", end.result, end.error["line"] if end.error else None,
-                            len(cells) - len(todo), len(cells),
-                        )  # fmt: skip
-                        continue
-                    records[end.key] = write_record(out / "records", _record(piece, end, tries[end.key]))
-                    del todo[end.key]
-                    if end.result is not None and not suite.keep_adapters:
-                        forget(out / "runs" / end.key)
-                    yield _outcome(piece, records[end.key], len(cells) - len(todo), len(cells))
-    return [records[cell.key] for cell in cells if cell.key in records]
+                    else:
+                        yield from desk.settle(piece, end, tries[end.key])
+        return [desk.records[cell.key] for cell in cells if cell.key in desk.records]
 
 
-class _Studies:
-    """Searches that have ended, on disk and in memory."""
+class _Desk:
+    """What of a suite is done and what is not, on disk and in memory."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.found, self.errors = folder, {}, {}  # type: ignore[var-annotated]
+    def __init__(self, out: Path, cells: Sequence[Cell], records: dict[str, dict[str, Any]], retry: bool):
+        self.out, self.records, self.total = out, records, len(cells)
+        self.todo = {c.key: c for c in cells if c.key not in records or (retry and _has_failed(records[c.key]))}
+        self.found: dict[str, dict[str, Any]] = {}
+        """Results of searches."""
+        self.errors: dict[str, dict[str, str]] = {}
+        """Of searches that failed."""
 
-    def get(self, study: Study) -> dict[str, Any] | None:
-        path = self.folder / (study.key + SUFFIX)
-        if study.key not in self.found and path.is_file():
-            try:
-                self.found[study.key] = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                return None  # torn by another program: the search goes through its trials, which are kept, again
-        return self.found.get(study.key)
+    def folder(self, piece: Cell | Study) -> Path:
+        return self.out / ("runs" if isinstance(piece, Cell) else "studies") / piece.key
 
-    def keep(self, end: Done) -> None:
-        if end.result is None:
-            self.errors[end.key] = end.error
+    def ready(self) -> Iterator[Cell | Study]:
+        """What can begin now, in the order of the cells: a cell whose search is done, or else that search."""
+        seen = set()
+        for cell in list(self.todo.values()):
+            piece: Cell | Study = cell
+            while (needed := piece.study if isinstance(piece, Cell) else piece.head) and not self._has(needed):
+                piece = needed
+            if piece.key not in seen:
+                seen.add(piece.key)
+                yield piece
+
+    def settle(self, piece: Cell | Study, end: Done, tries: int) -> Iterator[Outcome]:
+        """Write down how a piece ended."""
+        if isinstance(piece, Cell):
+            record = {**piece.head(), "status": "done", "attempts": tries, **(end.result or {})}
+            yield self._record(piece, record if end.result is not None else _failed(piece, end, tries))
+            if end.result is not None and not piece.suite.keep_adapters:
+                forget(self.folder(piece))
             return
-        self.found[end.key] = end.result
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.folder / (end.key + SUFFIX), (json.dumps(end.result, indent=1) + "\n").encode())
+        if end.result is not None:
+            self.found[end.key] = end.result
+            (self.out / "studies").mkdir(parents=True, exist_ok=True)
+            write_bytes(self._file(piece), (json.dumps(end.result, indent=1) + "\n").encode())
+        else:
+            self.errors[end.key] = end.error or {}
+            for cell in [c for c in self.todo.values() if self._hopeless(c.study)]:
+                yield self._record(cell, _failed(cell, end, 0, "its search failed: "))
+        error = None if end.error is None else end.error["line"]
+        yield Outcome(end.key, "search", end.result, error, self.total - len(self.todo), self.total)
 
-    def failed(self, study: Study | None) -> bool:
-        return study is not None and (study.key in self.errors or self.failed(study.head))
+    def _record(self, cell: Cell, record: dict[str, Any]) -> Outcome:
+        told = self.records[cell.key] = write_record(self.out / "records", record)
+        del self.todo[cell.key]
+        error = told["error"]["line"] if _has_failed(told) else None
+        return Outcome(cell.key, "run", None if error else told, error, self.total - len(self.todo), self.total)
 
+    def _has(self, study: Study) -> bool:
+        if study.key not in self.found and self._file(study).is_file():
+            with contextlib.suppress(ValueError):  # torn by another program: the search goes through its trials again
+                self.found[study.key] = json.loads(self._file(study).read_text(encoding="utf-8"))
+        return study.key in self.found
 
-def _ready(todo: Any, made: _Studies) -> Iterator[Cell | Study]:
-    """What can begin now, in the order of the cells: a cell whose search is done, or else that search."""
-    seen = set()
-    for piece in list(todo):
-        study: Study | None = piece.study
-        if study is not None and made.get(study) is None:
-            piece = study
-            if study.head is not None and made.get(study.head) is None:
-                piece = study.head
-        if piece.key not in seen:
-            seen.add(piece.key)
-            yield piece
+    def _file(self, study: Study) -> Path:
+        return self.out / "studies" / (study.key + SUFFIX)
+
+    def _hopeless(self, study: Study | None) -> bool:
+        return study is not None and (study.key in self.errors or self._hopeless(study.head))
 
 
 def _present(suite: Suite) -> None:
@@ -174,9 +179,7 @@ def _present(suite: Suite) -> None:
     suite.protocol.find(suite.place(suite.data.root), suite.sets)
 
 
-def _records(
-    folder: Path, cells: Sequence[Cell], say: Callable[[str], None]
-) -> Iterator[tuple[str, dict[str, Any] | None]]:
+def _records(folder: Path, cells: Sequence[Cell], say: Callable[[str], None]) -> Iterator[tuple[str, dict[str, Any]]]:
     for cell in cells:
         path = folder / (cell.key + SUFFIX)
         if path.is_file():
@@ -191,19 +194,14 @@ def _records(
                 say(f"{why}; it is now {aside.name}, and its cell runs again")
 
 
-def _record(cell: Cell, end: Done, tries: int) -> dict[str, Any]:
-    if end.result is None:
-        return _failed(cell, end.error or {"line": "no reason given", "traceback": ""}, tries)
-    return {**cell.head(), "status": "done", "attempts": tries, **end.result}
-
-
-def _failed(cell: Cell, error: dict[str, str], tries: int) -> dict[str, Any]:
+def _failed(cell: Cell, end: Done, tries: int, why: str = "") -> dict[str, Any]:
+    error = {"line": "no reason given", "traceback": "", **(end.error or {})}
+    error["line"] = why + error["line"]
     return {**cell.head(), "status": "failed", "attempts": tries, "recipe": cell.recipe.plain(), "error": error}
 
 
-def _outcome(cell: Cell, record: dict[str, Any], done: int, total: int) -> Outcome:
-    error = record["error"]["line"] if record["status"] == "failed" else None
-    return Outcome(cell.key, "run", record if error is None else None, error, done, total)
+def _has_failed(record: dict[str, Any]) -> bool:
+    return bool(record["status"] == "failed")
 
 
 # --- dry run ----------------------------------------------------------------------------------------------------------
