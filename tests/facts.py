@@ -92,4 +92,6 @@ FACTS = [
     ("partial", {"strategy": "attention"}, "vit_base_patch16_224", 28_348_416, "L(4D^2 + 4D)"),
     ("partial", {"strategy": "ffn"}, "vit_base_patch16_224", 56_669_184, "L(8D^2 + 5D)"),
     ("fastfood", {"dimension": 1000}, "vit_base_patch16_224", 1_000, "d"),
+    ("tensors", {}, "vit_base_patch16_224", 85_798_656, "all of the backbone, as full"),
+    ("tensors", {"names": ["*.attn.*"]}, "vit_base_patch16_224", 28_348_416, "as attention: L(4D^2 + 4D)"),
 ]

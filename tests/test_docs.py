@@ -264,7 +264,7 @@ def _changes(command, words, page):
         if suite.exists():
             read_suite(suite, dict(change.split("=", 1) for change in changes if change.startswith("data.root")))
         return
-    if command not in ("train", "plan", "search"):
+    if command not in ("train", "plan", "search", "analyze"):
         assert not changes, f"{page}: {command} takes no {changes}"
         return
     values = dict(itertools.pairwise(words))

@@ -318,11 +318,11 @@ def _cost(cell: Cell, models: dict[str, nn.Module], measure: bool) -> dict[str, 
         adapter.detach()
         return {"per_picture": None, "bytes": size}
     model.to(device).train()
-    few = recipe.train.batch_size if device.type != "cpu" else min(4, recipe.train.batch_size)
+    few = recipe.train.batch_size if device.type != "cpu" else min(2, recipe.train.batch_size)
     side = anatomy(model).preprocessing.size
     x, y = torch.randn(few, 3, side, side, device=device), torch.zeros(few, dtype=torch.long, device=device)
     best = math.inf
-    for _ in range(3):
+    for _ in range(2):
         began = time.perf_counter()
         F.cross_entropy(model(x).float(), y).backward()  # type: ignore[no-untyped-call]
         if device.type == "cuda":

@@ -12,12 +12,14 @@ import typer
 from .. import __version__
 from ..core.errors import DeltavitError
 from . import files, inspect, tasks
+from .analyze import analyze
 from .bench import bench
 from .data import data as protocols
 from .demo import demo
 from .output import Interrupted, say
 from .report import report
 from .search import search
+from .soup import soup
 
 
 def _version(asked: bool) -> None:
@@ -45,10 +47,11 @@ def root(
 
 for command in (
     tasks.train, tasks.evaluate, tasks.predict, inspect.methods, inspect.plan, files.merge, files.export,
-    inspect.doctor, search, bench, report, demo,
+    inspect.doctor, search, bench, report, soup, demo,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(protocols)
+app.add_typer(analyze)
 
 
 def main() -> None:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.edit import Change, Edit, Rewrite
+from ..core.edit import Change, Edit, Rewrite, plainly_run
 from ..core.method import Method, positive, register
 from ..core.site import Anatomy, Where
 
-FACTOR = 5
+FACTOR = 4
 """Bits of the largest dense factor: small enough to save work, large enough for few passes over memory."""
+PIECE = 19
+"""Bits of the pieces that a processor takes through its cache, 2 MiB of float32 each."""
 
 
 def hadamard(bits: int, like: Tensor) -> Tensor:
@@ -34,25 +37,56 @@ def hadamard(bits: int, like: Tensor) -> Tensor:
 def walsh_hadamard(x: Tensor) -> Tensor:
     """H x over the last dimension, whose length is a power of two; not normalised, so that twice is length times x.
 
-    H is a Kronecker product of small ones, each of which is one matrix product.  These are linear, so autograd's
-    gradient is H too, without the factor 1/length of the code that is in circulation.
+    H is a Kronecker product of small ones, each of which is one matrix product.  It is symmetric, so the gradient is
+    H too, without the factor 1/length of the code that is in circulation.
     """
-    bits = x.shape[-1].bit_length() - 1
-    if x.shape[-1] != 1 << bits:
-        raise ValueError(f"a Walsh-Hadamard transform needs a power of two, got {x.shape[-1]}")
-    passes = -(-bits // FACTOR)
-    y, done = x, 0
+    length = x.shape[-1]
+    if length & (length - 1) or not length:
+        raise ValueError(f"a Walsh-Hadamard transform needs a power of two, got {length}")
     with torch.autocast(x.device.type, enabled=False):  # signs and sums: half precision would only lose digits
-        for i in range(passes):
-            take = (bits + passes - 1 - i) // passes  # near equal ones
-            H = hadamard(take, x)
-            if done:
-                y = y.reshape(-1, 1 << take, 1 << done)
-                y = torch.bmm(H.expand(len(y), -1, -1), y)
-            else:
-                y = y.reshape(-1, 1 << take) @ H
-            done += take
-    return y.reshape(x.shape)
+        if length == 1 or not plainly_run():
+            return _passes(x.reshape(-1), _factors(length.bit_length() - 1, x)).view(x.shape)
+        return _Transform.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Transform(torch.autograd.Function):
+    """The same in two buffers that take turns, and piece by piece: it costs what memory costs, fresh memory most."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        bits = x.shape[-1].bit_length() - 1
+        low = min(bits, PIECE) if x.device.type == "cpu" else bits
+        inner, outer = _factors(low, x), _factors(bits - low, x)
+        y = x.reshape(-1)
+        one, two = torch.empty_like(y), torch.empty_like(y)
+        for pieces in zip(*(t.view(-1, 1 << low) for t in (y, one, two)), strict=True):
+            _passes(pieces[0], inner, 0, *pieces[1:])
+        if len(inner) % 2 == 0:
+            one, two = two, one
+        return _passes(one, outer, low, two, one).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return _Transform.apply(g)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _factors(bits: int, like: Tensor) -> list[Tensor]:
+    """Hadamard matrices whose Kronecker product is that of side 2^bits: as few as FACTOR allows, near equal."""
+    count = -(-bits // FACTOR)
+    return [hadamard((bits + i) // count, like) for i in reversed(range(count))]
+
+
+def _passes(y: Tensor, factors: list[Tensor], done: int = 0, *turns: Tensor) -> Tensor:
+    """y, flat, transformed over the bits of its index from `done` on, a product each factor.
+
+    `turns`: two buffers; the first pass writes into the first one, the next into the other, and so on.
+    """
+    for i, H in enumerate(factors):
+        shape = (-1, len(H), 1 << done) if done else (-1, len(H))
+        y, out = y.view(shape), turns[i % 2].view(shape) if turns else None
+        y = torch.bmm(H.expand(len(y), -1, -1), y, out=out) if done else torch.mm(y, H, out=out)
+        done += len(H).bit_length() - 1
+    return y.view(-1)
 
 
 class Projection(nn.Module):
@@ -61,20 +95,23 @@ class Projection(nn.Module):
     P = trunc_D(H G Pi H B [theta; 0]) / sqrt(D sum G^2), with signs B, a permutation Pi, normal G, and H of side n.
     Of the first H only the first d columns count, and they repeat: H [x; 0] is the transform of x, padded to the power
     of two from d on, again and again.  So one long transform is enough, and Pi is kept modulo that power.
+
+    n is the power of two from D on; with `pad`, of a tensor smaller than theta, from d on.
     """
 
     signs: Tensor
     order: Tensor
     gauss: Tensor
 
-    def __init__(self, dimension: int, size: int):
+    def __init__(self, dimension: int, size: int, pad: bool = False):
         super().__init__()
         length, self.fold = _power(size), _power(dimension)
-        if dimension > length:
+        if dimension > length and not pad:
             raise ValueError(
                 f"dimension={dimension} is larger than a tensor of {size} numbers, padded to {length}: lower it, "
-                "or leave such tensors out with bias=False or where=..."
+                "pad it further with pad=True, or leave such tensors out with bias=False or where=..."
             )
+        length = max(length, self.fold)
         self.size = size
         gauss = torch.randn(length)
         self.register_buffer("signs", (2 * torch.randint(2, (dimension,)) - 1).to(torch.int8), persistent=False)
@@ -93,11 +130,11 @@ def _power(size: int) -> int:
 class Subspace(Change):
     """W' = W + lambda_1 P_1 theta and b' = b + lambda_2 P_2 theta, with theta shared by every site."""
 
-    def __init__(self, theta: nn.Parameter, shape: tuple[int, int], bias: bool, said: bool):
+    def __init__(self, theta: nn.Parameter, shape: tuple[int, int], bias: bool, said: bool, pad: bool = False):
         super().__init__()
         self.theta = theta  # [d]
-        self.onto_weight = Projection(len(theta), shape[0] * shape[1])
-        self.onto_bias = Projection(len(theta), shape[0]) if bias else None
+        self.onto_weight = Projection(len(theta), shape[0] * shape[1], pad)
+        self.onto_bias = Projection(len(theta), shape[0], pad) if bias else None
         self.scales = nn.Parameter(torch.ones(1 + bias)) if said else None
 
     def weight(self, W: Tensor) -> Tensor:
@@ -126,6 +163,7 @@ class Fastfood(Method):
     own, which are drawn from the seed; H is the Walsh-Hadamard transform.  P keeps the length of theta in every tensor,
     so m tensors together move sqrt(m) times as far.  `bias=True` takes the biases of the chosen layers along.
     `said=True` is the structure-aware form, which also trains a factor lambda for each tensor, 1 at the start.
+    A tensor of fewer numbers than theta, a bias say, is refused; `pad=True` takes it along, padded to theta's length.
 
     Trains d numbers, and m more with `said`: 1,000 for d=1000 on ViT-B/16, whatever `where` is.  The fixed numbers are
     not in the file, but need 8 bytes a weight in memory, padded to a power of two: 1.2 GB for all of ViT-B/16.  The
@@ -141,6 +179,7 @@ class Fastfood(Method):
     dimension: int = 1000
     bias: bool = False
     said: bool = False
+    pad: bool = False
     where: Where = Where()
 
     def __post_init__(self) -> None:
@@ -150,4 +189,4 @@ class Fastfood(Method):
         theta = nn.Parameter(torch.zeros(self.dimension))
         for site in vit.sites(self.where):
             bias = self.bias and site.shift is not None
-            yield Rewrite(site, Subspace(theta, site.shape, bias, self.said))
+            yield Rewrite(site, Subspace(theta, site.shape, bias, self.said, self.pad))
