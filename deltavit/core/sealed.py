@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -431,7 +432,8 @@ def _load(text: bytes, what: str) -> dict[str, Any]:
         return value
 
     try:
-        value = json.loads(text.decode(), object_pairs_hook=unique, parse_float=number, parse_constant=number)
+        with _uncollected():
+            value = json.loads(text.decode(), object_pairs_hook=unique, parse_float=number, parse_constant=number)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()  # half of one would break whoever prints it
     except RecursionError:
@@ -441,6 +443,18 @@ def _load(text: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refused(f"its {what} is not a JSON object")
     return value
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector, which a MiB of empty lists sets off until a second is gone, beside a model."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _compare(found: Shapes, expect: Expected) -> None:
