@@ -66,7 +66,8 @@ class Protocol:
         cut: how our builder makes splits: "thousand" (a few of all official training pictures), or "whole" (all of
             them, with val cut off where there is no official one).
         normalisation: the habits of pixel normalisation in use with it; which one a run had is in its record.
-        shots, seeds: of few-shot protocols; else empty.
+        shots: of few-shot protocols; else empty.
+        seeds: the same.
     """
 
     name: str

@@ -34,19 +34,19 @@ def summary(records: Sequence[Record], *, title: str = "", planned: Sequence[Rec
 
     Returns:
         {"title", "caption": [line, ..], "models": [..], "methods": [..],
-         "sets": [{"key", "name", "group", "shots"}, ..],
-         "rows": [{"model", "method", "body", "head", "scores": {set key: {"mean", "sd", "n", "values"}},
-                   "mean_sets": {"mean", "sd", "n"} | None, "mean_groups": the same | None,
-                   "mean_shots": {shots: the same} | None, "pe", "rank", "seconds", "peak_bytes",
-                   "leaky": {set key: mean} | None}, ..],
-         "ranks": {model: what `stats.compare` returns and "blocks": "data sets" | "data sets and seeds"},
-         "runs": [{"key", "model", "method", "set", "shots", "seed", "test", "val", "body", "head", "seconds",
-                   "peak_bytes", "leaky", "curve", "classes"}, ..],
-         "failed": [{"key", "line"}, ..], "excluded": [{"key", "why"}, ..],
-         "missing": [{"model", "method", "set", "shots", "seed"}, ..],
-         "published": [{"model", "method", "set", "ours", "sd", "accuracy", "difference", "differs": [why, ..],
-                        "label", "table", "source", "protocol", "leak": bool | None, "unverified"}, ..]}
-        Accuracies are fractions.  `difference` is None wherever `differs` says why the two cannot be compared.
+             "sets": [{"key", "name", "group", "shots"}, ..],
+             "rows": [{"model", "method", "body", "head", "scores": {set key: {"mean", "sd", "n", "values"}},
+                       "mean_sets": {"mean", "sd", "n"} | None, "mean_groups": the same | None,
+                       "mean_shots": {shots: the same} | None, "pe", "rank", "seconds", "peak_bytes",
+                       "leaky": {set key: mean} | None}, ..],
+             "ranks": {model: what `stats.compare` returns and "blocks": "data sets" | "data sets and seeds"},
+             "runs": [{"key", "model", "method", "set", "shots", "seed", "test", "val", "body", "head", "seconds",
+                       "peak_bytes", "leaky", "curve", "classes"}, ..],
+             "failed": [{"key", "line"}, ..], "excluded": [{"key", "why"}, ..],
+             "missing": [{"model", "method", "set", "shots", "seed"}, ..],
+             "published": [{"model", "method", "set", "ours", "sd", "accuracy", "difference", "differs": [why, ..],
+                            "label", "table", "source", "protocol", "leak": bool | None, "unverified"}, ..]}
+            Accuracies are fractions.  `difference` is None wherever `differs` says why the two cannot be compared.
 
     Raises:
         DataError: two records that belong in no table together (another checkpoint, normalisation, protocol, ..), or
