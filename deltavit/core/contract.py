@@ -184,7 +184,7 @@ def saves_and_loads(model: nn.Module, method: Method) -> None:
 
 
 def a_copy_is_independent(model: nn.Module, method: Method) -> None:
-    """Stirring a `deepcopy` leaves the original alone, and the copy's own adapter can leave it."""
+    """Stirring a `deepcopy` leaves the original alone, and each one's own adapter can leave it, in turn."""
     one, x = copy.deepcopy(model), pictures(model)
     base = _run(one, x)
     adapter = attach(one, method, classes=CLASSES)
@@ -197,6 +197,9 @@ def a_copy_is_independent(model: nn.Module, method: Method) -> None:
     _must(not torch.equal(_run(two, x), before), "stirring the copy's adapter did not move the copy")
     other.detach()
     _must(torch.equal(_run(two, x), base), "the copy's adapter did not leave it")
+    _must(torch.equal(_run(one, x), before), "the copy's adapter, leaving, moved the original")
+    adapter.detach()
+    _must(torch.equal(_run(one, x), base), "the original's adapter did not leave after the copy's")
 
 
 def pictures_do_not_meet(model: nn.Module, method: Method) -> None:

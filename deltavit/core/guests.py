@@ -389,12 +389,14 @@ class Parametrized:
     def install(self) -> None:
         self.module.train(self.host.training)
         self.host.__dict__.setdefault("_deltavit_order", list(self.host._parameters))
+        _own_class(self.host)
         # unsafe: the check that it skips runs the change once for nothing, and shapes are checked by the tests
         parametrize.register_parametrization(self.host, self.param, self.module, unsafe=True)
 
     def remove(self, keep: bool = False) -> None:
         several: nn.ModuleList = self.host.parametrizations[self.param]  # type: ignore[index, union-attr, assignment]
         kept = [m for m in several if m is not self.module]
+        _own_class(self.host)
         parametrize.remove_parametrizations(self.host, self.param, leave_parametrized=False)
         for module in kept:
             parametrize.register_parametrization(self.host, self.param, module, unsafe=True)
@@ -402,6 +404,13 @@ class Parametrized:
             values = dict(self.host._parameters)
             self.host._parameters.clear()
             self.host._parameters.update({n: values[n] for n in self.host.__dict__.pop("_deltavit_order")})
+
+
+def _own_class(host: nn.Module) -> None:
+    """Give a parametrized module a class of its own: torch lets deep copies share one, and alters it for them all."""
+    if parametrize.is_parametrized(host):
+        shared = type(host)
+        host.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
 
 
 @dataclass
