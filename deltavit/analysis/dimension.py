@@ -32,7 +32,7 @@ from ..core.sealed import shown, write_bytes
 from ..core.site import Anatomy, Where, anatomy
 from ..models import load_model
 from ..models.load import skeleton
-from ..store import FolderLock
+from ..store import FolderLock, claim
 from ..train.fit import Step
 from ..train.recipe import Recipe
 from ..train.run import run
@@ -256,7 +256,7 @@ def dimensions(
     chosen, told = checked(recipe, wanted, settings)
     with FolderLock(out):
         said = _definition(recipe, chosen, settings)
-        _same(out, said)
+        claim(out / "dimension.json", said, "measurement")
         work = _Work(recipe, {one.name: one for one in chosen}, told, settings, out, keep, functools.cache(say), watch)
         for cell in work.cells():
             yield from work.tuned(cell)
@@ -421,30 +421,6 @@ def _definition(recipe: Recipe, chosen: Sequence[Module], settings: Settings) ->
     wheres = {one.name: asdict(one.where) for one in chosen}
     said = {"format": FORMAT, **asdict(settings), "modules": wheres, "recipe": told}
     return json.loads(json.dumps(said))  # type: ignore[no-any-return]
-
-
-def _same(out: Path, said: dict[str, Any]) -> None:
-    """Refuse a folder that holds another measurement; begin one that holds none."""
-    path = out / "dimension.json"
-    if not path.exists():
-        write_bytes(path, _json(said))
-        return
-    try:
-        was = _flat(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError) as why:
-        raise FileError(f"cannot read {shown(path)}: {why}; choose another --out") from None
-    now = _flat(said)
-    for key in [*was, *now]:
-        if was.get(key) != now.get(key):
-            change = f"{key} was {was.get(key, 'unset')}, now it is {now.get(key, 'unset')}"
-            raise TrainingError(f"{shown(out)} holds another measurement: {change}; choose another --out")
-
-
-def _flat(value: dict[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{before}{key}.") if isinstance(inner, dict) else {f"{before}{key}": inner}
-    return flat
 
 
 def _json(value: Any) -> bytes:

@@ -7,10 +7,10 @@ import json
 import platform
 import shutil
 from collections.abc import Generator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import timm
 import torch
 
 from .. import __version__
@@ -84,7 +84,7 @@ def _cell(spec: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) 
         },
         "preprocessing": result["preprocessing"], "data": result["data"],
         "versions": {
-            "deltavit": __version__, "torch": torch.__version__, "timm": timm.__version__,
+            "deltavit": __version__, "torch": torch.__version__, "timm": version("timm"),
             "python": platform.python_version(),
         },
         "error": None,

@@ -26,8 +26,8 @@ from ..train.run import run
 from . import options as o
 from .dimension import dimension
 from .output import Interrupted, bar, drive, result, say, table
-from .tasks import _told as told
 from .tasks import opened
+from .tasks import told_of as told
 
 analyze = typer.Typer(
     name="analyze",

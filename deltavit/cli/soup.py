@@ -19,7 +19,7 @@ from ..train import evaluate as evaluate_images
 from ..train.merge import merge_to_file
 from . import options as o
 from .output import bar, result, say, table
-from .tasks import _cut, _told, opened
+from .tasks import cut_of, opened, told_of
 
 
 def soup(
@@ -69,7 +69,7 @@ def soup(
     first.detach()
     classes = said.classes or []
     labels = [] if pictures is None else [classes.index(name) for name in pictures.classes]
-    precision = _told(said, "train").get("precision", "auto")
+    precision = told_of(said, "train").get("precision", "auto")
 
     def shown(split: Split) -> Images:
         return Images(split, said.preprocessing, broken="miss")
@@ -119,19 +119,19 @@ def _opened(several: Sequence[Member], data: str) -> Dataset:
             val too.
     """
     for member in several:
-        if _told(member.said, "data").get("train_on") == "train+val":
+        if told_of(member.said, "data").get("train_on") == "train+val":
             raise DataError(
                 f"{member.path} was trained on val too, so val says nothing about it; "
                 "--kind uniform without --data needs no val"
             )
     first = several[0]
-    found = open_data(data, **_cut(first.said))
-    cuts = [_cut(first.said)]
+    found = open_data(data, **cut_of(first.said))
+    cuts = [cut_of(first.said)]
     for member in several[1:]:
-        if _cut(member.said) in cuts:
+        if cut_of(member.said) in cuts:
             continue
-        cuts.append(_cut(member.said))
-        other = open_data(data, **_cut(member.said))
+        cuts.append(cut_of(member.said))
+        other = open_data(data, **cut_of(member.said))
         if other.val.digest != found.val.digest:
             raise DataError(
                 f"{member.path} and {first.path} cut {data} in two ways, so one was trained on val pictures of the "

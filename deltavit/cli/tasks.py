@@ -87,8 +87,8 @@ def evaluate(
     deltavit evaluate --adapter runs/flowers/adapter.safetensors --data flowers/ --split val
     """
     net, loaded, said = opened(adapter, model, weights, device)
-    found = open_data(data, **_cut(said))
-    if split == "val" and _told(said, "data").get("train_on") == "train+val":
+    found = open_data(data, **cut_of(said))
+    if split == "val" and told_of(said, "data").get("train_on") == "train+val":
         raise DataError("this adapter was trained on val too, so val says nothing about it; evaluate on test")
     part = getattr(found, split, None) if split in ("train", "val", "test") else None
     if part is None:
@@ -100,7 +100,7 @@ def evaluate(
     images = Images(part, loaded.preprocessing, broken="miss")
     with bar("evaluate", len(images)) as shown:
         scores = evaluate_images(
-            net, images, precision=_told(said, "train").get("precision", "auto"),
+            net, images, precision=told_of(said, "train").get("precision", "auto"),
             labels=[classes.index(c) for c in found.classes], progress=shown.advance,
         )  # fmt: skip
     for line in images.broken:
@@ -108,13 +108,13 @@ def evaluate(
     result({**dataclasses.asdict(scores), "split": split, "adapter": str(said.path), "model": said.base}, json)
 
 
-def _cut(said: Info) -> dict[str, Any]:
+def cut_of(said: Info) -> dict[str, Any]:
     """How the adapter's run cut its pictures into splits: what it trained on must not be in the test split now."""
-    section = read_recipe(data=_told(said, "data")).data
+    section = read_recipe(data=told_of(said, "data")).data
     return {key: getattr(section, key) for key in SPLIT}
 
 
-def _told(said: Info, section: str) -> dict[str, Any]:
+def told_of(said: Info, section: str) -> dict[str, Any]:
     """A section of the recipe that an adapter file keeps; empty where it keeps none."""
     recipe = said.training.get("recipe", {})
     told = recipe.get(section, {}) if isinstance(recipe, dict) else {}

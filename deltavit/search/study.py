@@ -29,8 +29,8 @@ import torch
 from pydantic import Field
 
 from ..core.errors import DataError, DeltavitError, FileError, ModelError, TrainingError
-from ..core.sealed import reason, shown, write_bytes
-from ..store import FolderLock
+from ..core.sealed import write_bytes
+from ..store import FolderLock, claim
 from ..train.fit import Step
 from ..train.recipe import Recipe, Section
 from ..train.run import run
@@ -121,7 +121,7 @@ def search(
     with ExitStack() as stack:
         if settings.storage is None:
             stack.enter_context(FolderLock(out))
-        _same(out, said)
+        claim(out / "search.json", said, "search")
         ledger = Ledger(settings.storage or out / "search.db", name, distributions(plan, whole))
         stack.callback(ledger.close)
         work = _Work(recipe, settings, out, ledger, keep, say, watch)
@@ -296,34 +296,6 @@ def _definition(recipe: Recipe, plan: Plan, settings: Search) -> dict[str, Any]:
     del plain["device"], plain["data"]["workers"]
     told = settings.model_dump(include={"sampler", "pruner", "epochs", "seed"})
     return json.loads(json.dumps({"format": FORMAT, **told, "space": described(plan), "recipe": plain}))  # type: ignore[no-any-return]
-
-
-def _same(out: Path, said: dict[str, Any]) -> None:
-    """Refuse a folder that holds another search; begin one that holds none."""
-    path = out / "search.json"
-    if not path.exists():
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as why:
-            raise FileError(f"cannot make the folder {shown(out)}: {reason(why)}") from None
-        write_bytes(path, _json(said))
-        return
-    try:
-        was = _flat(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError) as why:
-        raise FileError(f"cannot read {shown(path)}: {why}; choose another --out") from None
-    now = _flat(said)
-    for key in [*was, *now]:
-        if was.get(key) != now.get(key):
-            was_now = f"{key} was {was.get(key, 'unset')}, now it is {now.get(key, 'unset')}"
-            raise TrainingError(f"{shown(out)} holds another search: {was_now}; choose another --out, or put it back")
-
-
-def _flat(value: dict[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{before}{key}.") if isinstance(inner, dict) else {f"{before}{key}": inner}
-    return flat
 
 
 def _trials(points: Sequence[Point]) -> list[Trial]:

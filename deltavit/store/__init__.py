@@ -2,6 +2,7 @@
 
 from ..core.sealed import Header, layout, pack, packed_shapes, read, read_header, unpack, write
 from .checkpoints import Checkpoints
+from .claim import claim
 from .lock import FolderLock
 from .names import inside, safe_name
 
@@ -9,6 +10,7 @@ __all__ = [
     "Checkpoints",
     "FolderLock",
     "Header",
+    "claim",
     "inside",
     "layout",
     "pack",
