@@ -353,14 +353,23 @@ def test_a_detached_adapter_is_not_trained(data):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"epochs": 0}, {"batch_size": 0}, {"accumulate": 0}, {"lr": -1.0}, {"lr": math.nan}, {"lr": math.inf},
-        {"head_lr": -1.0}, {"clip": 0.0}, {"warmup": 1.5}, {"label_smoothing": 1.0}, {"mixup": -0.1}, {"seed": -1},
-        {"optimizer": "adam"}, {"precision": "fp16"}, {"augment": "lite"},
+        {"epochs": 0}, {"batch_size": 0}, {"accumulate": 0}, {"val_every": 0}, {"lr": -1.0}, {"lr": math.nan},
+        {"lr": math.inf}, {"head_lr": -1.0}, {"clip": 0.0}, {"warmup": 1.5}, {"label_smoothing": 1.0}, {"mixup": -0.1},
+        {"seed": -1}, {"optimizer": "adam"}, {"precision": "fp16"}, {"augment": "lite"},
     ],
 )  # fmt: skip
 def test_impossible_training_values_are_refused_by_name(wrong):
     with pytest.raises(TrainingError, match=next(iter(wrong))):
         Training(**wrong)
+
+
+@pytest.mark.parametrize(("every", "validated"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (9, [4])])
+def test_val_is_read_every_so_many_epochs_and_after_the_last_and_changes_no_loss(data, every, validated):
+    run = Run(data, Training(epochs=5, batch_size=4, val_every=every))
+    val = Images(data.val, run.adapter.vit.preprocessing)
+    steps = list(fit(run.model, run.adapter, run.train, val, run.training))
+    assert [step.epoch for step in steps if step.accuracy is not None] == validated
+    assert [step.loss for step in steps] == Run(data, Training(epochs=5, batch_size=4)).losses()
 
 
 # --- the optimizer ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 
 import deltavit
 from deltavit import cli
-from deltavit.analysis.soup import members, mix, moved, soup, truncated
+from deltavit.analysis.soup import members, mix, moved, picture, soup, truncated
 from deltavit.core.attach import adapters
 from deltavit.core.contract import pictures as random_pictures
 from deltavit.core.contract import stir
@@ -493,15 +493,36 @@ def test_the_command_measures_test_and_corrupted_val_where_asked(run, runs, pict
     out = tmp_path / "soup.safetensors"
     code, told, said = run(
         "soup", *runs, "--data", pictures, "--out", out, "--kind", "uniform", "--rank", 4, "--test", "--device", "cpu",
-        "--ood", "--corruptions", "jpeg,blur", "--severities", "5,1",
+        "--ood", "--corruptions", "jpeg,blur", "--severities", "5,1", "--picture", tmp_path / "soup.png",
     )  # fmt: skip
     assert code == 0, said
+    assert (tmp_path / "soup.png").read_bytes().startswith(b"\x89PNG")
+    assert told["picture"] == str(tmp_path / "soup.png")
     assert load(out, load_model("tiny")).summary["test_accuracy"] == told["test_accuracy"]
     assert told["compression"]["max"] == max(told["compression"]["by_site"].values())
     assert told["ood"]["severities"] == [1, 5]
     assert [row["of"] for row in told["ood"]["rows"]] == ["soup", *(str(r / "adapter.safetensors") for r in runs)]
     assert all({len(a) for a in row["corruptions"].values()} == {2} for row in told["ood"]["rows"])
     assert told["ood"]["rows"][0]["clean"] == told["val_accuracy"]
+
+
+def test_the_picture_has_a_mark_for_every_accuracy_and_shows_who_was_left_out():
+    told = {
+        "kind": "greedy", "average": "weights", "over": "tuned", "val_accuracy": 0.5, "test_accuracy": 0.25,
+        "members": [
+            {"name": "a", "method": "lora", "val_accuracy": 0.5, "taken": True, "test_accuracy_of_its_run": 0.125},
+            {"name": "b", "method": "ssf", "val_accuracy": 0.375, "taken": False, "test_accuracy_of_its_run": None},
+        ],
+    }  # fmt: skip
+    (axes,) = picture(told).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["greedy soup of 1", "a (lora)", "b (ssf)"]
+    marks = {(x, y): line.get_markerfacecolor() for line in axes.lines if len(line.get_xdata()) == 1
+             for x, y in [(line.get_xdata()[0], line.get_ydata()[0])]}  # fmt: skip
+    assert set(marks) == {(50.0, 0), (50.0, 1), (37.5, 2), (25.0, 0), (12.5, 1)}
+    assert [at for at, face in marks.items() if face == "none"] == [(37.5, 2)]
+    nothing = {"kind": "uniform", "average": "factors", "over": None, "val_accuracy": None, "members": []}
+    with pytest.raises(DataError, match="give --data"):
+        picture(nothing)
 
 
 def test_a_person_reads_tables(runs, pictures, tmp_path, monkeypatch, capsys):
@@ -547,7 +568,7 @@ def test_runs_that_cut_the_pictures_otherwise_are_refused(run, runs, pictures, t
     [
         ((), "give --out, --merged or both"),
         (("--out", "soup"), "a greedy soup chooses its members on val: give --data"),
-        (("--out", "soup", "--kind", "uniform", "--ood"), "--ood and --test need pictures: give --data"),
+        (("--out", "soup", "--kind", "uniform", "--ood"), "--ood, --test and --picture need images: give --data"),
         (("--out", "soup", "--corruptions", "fog"), "no corruption named 'fog'"),
         (("--out", "soup", "--severities", "high"), "--severities 'high' is not numbers"),
         (("--out", "pyproject.toml"), "pyproject.toml exists: choose another name, or give --overwrite"),

@@ -363,7 +363,7 @@ class _Work:
 
     def _recipe(self, cell: Cell, rate: float, seed: int) -> Recipe:
         """The ordinary recipe of one point."""
-        how = replace(self.recipe.train, seed=seed, lr=rate, head_lr=rate)
+        how = replace(self.recipe.train, seed=seed, lr=rate, head_lr=rate, val_every=self.recipe.train.epochs)
         told: dict[str, Any] = {"name": "linear"}
         if cell.dimension != 0:
             where = asdict(self.chosen[cell.module].where)
@@ -414,7 +414,7 @@ def _ended(folder: Path, cell: Cell, rate: float, seed: int) -> Point | None:
 def _definition(recipe: Recipe, chosen: Sequence[Module], settings: Settings) -> dict[str, Any]:
     """What makes a measurement this one; where it runs may change."""
     told = recipe.plain()
-    for section, keys in {"data": ("workers", "train_on"), "train": ("lr", "head_lr")}.items():
+    for section, keys in {"data": ("workers", "train_on"), "train": ("lr", "head_lr", "val_every")}.items():
         for key in keys:
             told[section].pop(key, None)
     told = {key: value for key, value in told.items() if key not in ("device", "method")}

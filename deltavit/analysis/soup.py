@@ -29,6 +29,7 @@ from ..core.sealed import shown
 from ..core.site import Anatomy, Site, Where, anatomy
 from ..methods.lora import LoRA
 from ..methods.tensors import Tensors, patterns
+from .pairs import canvas
 
 Kind = Literal["greedy", "uniform"]
 Average = Literal["weights", "factors"]
@@ -462,3 +463,49 @@ def _poured(adapter: Adapter, values: Mapping[str, Tensor]) -> Adapter:
             if name in values:
                 p.copy_(values[name])
     return adapter
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+
+
+def picture(told: Mapping[str, Any]) -> Any:
+    """Members and their soup: a row each, the soup on top; accuracy on val, on test and on corrupted val in %.
+
+    A full mark went into the soup, an open one did not; dotted lines are the soup's.
+
+    Args:
+        told: what `deltavit soup --json` prints; what it has not measured is not drawn.
+
+    Returns:
+        A matplotlib Figure.
+
+    Raises:
+        DataError: nothing was measured, or matplotlib is not installed.
+    """
+    several = list(told["members"])
+    corrupted = [row["mean"] for row in told["ood"]["rows"]] if "ood" in told else [None] * (len(several) + 1)
+    series = {
+        "val": [told["val_accuracy"], *(m["val_accuracy"] for m in several)],
+        "test": [told.get("test_accuracy"), *(m.get("test_accuracy_of_its_run") for m in several)],
+        "val, corrupted": corrupted,
+    }
+    if all(a is None for values in series.values() for a in values):
+        raise DataError("a picture of a soup shows accuracies: give --data")
+    kept = [True, *(m["taken"] for m in several)]
+    names = [f"{told['kind']} soup of {sum(kept) - 1}", *(f"{m['name']} ({m['method']})" for m in several)]
+    figure, ((axes,),) = canvas(7.0, 1.3 + 0.32 * len(names), 1, 1)
+    for i, (what, values) in enumerate(series.items()):
+        for y, (accuracy, taken) in enumerate(zip(values, kept, strict=True)):
+            if accuracy is not None:
+                face = f"C{i}" if taken else "none"
+                axes.plot(100 * accuracy, y, color=f"C{i}", marker="o^s"[i], markerfacecolor=face, linestyle="none")
+        if values[0] is not None:
+            axes.axvline(100 * values[0], color=f"C{i}", linestyle=":", linewidth=1, label=what, marker="o^s"[i])
+    axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy, %")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
+    over = f" over {told['over']}" if told["over"] else ""
+    figure.suptitle(f"soup of {told['average']}{over}")
+    return figure

@@ -10,10 +10,12 @@ import typer
 from torch import nn
 
 from ..analysis.corrupt import LEVELS, chosen, robustness
-from ..analysis.soup import Member, Soup, Tried, members
+from ..analysis.pairs import canvas, png
+from ..analysis.soup import Member, Soup, Tried, members, picture
 from ..analysis.soup import soup as make
 from ..core.errors import DataError, FileError, MethodError
 from ..core.file import load
+from ..core.sealed import write_bytes
 from ..data import Dataset, Images, Split, open_data
 from ..train import evaluate as evaluate_images
 from ..train.merge import merge_to_file
@@ -41,6 +43,10 @@ def soup(
     corruptions: Annotated[str, typer.Option(help="Of --ood, with commas between.")] = ",".join(LEVELS),
     severities: Annotated[str, typer.Option(help="Of --ood, 1 to 5, with commas between.")] = "1,2,3,4,5",
     test: Annotated[bool, typer.Option("--test", help="Read the test split, once, with the finished soup.")] = False,
+    drawn: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--picture", help="PNG to write: the soup beside its members."),
+    ] = None,
     model: o.Model = None,
     weights: o.Weights = None,
     device: o.Device = "auto",
@@ -53,13 +59,15 @@ def soup(
     """
     if out is None and merged is None:
         raise FileError("a soup is written nowhere: give --out, --merged or both")
-    for path in filter(None, (out, merged)):
+    for path in filter(None, (out, merged, drawn)):
         if path.exists() and not overwrite:
             raise FileError(f"{path} exists: choose another name, or give --overwrite")
     pairs = chosen([name.strip() for name in corruptions.split(",")], _numbers(severities))
     several = members(adapters)
-    if data is None and (ood or test):
-        raise DataError("--ood and --test need pictures: give --data")
+    if data is None and (ood or test or drawn):
+        raise DataError("--ood, --test and --picture need images: give --data")
+    if drawn is not None:
+        canvas(1, 1, 1, 1)  # says that matplotlib is missing before anything is measured
     pictures = None if data is None else _opened(several, data)
     if test and pictures is not None and pictures.test is None:
         raise DataError(f"{data} has no test split")
@@ -101,6 +109,9 @@ def soup(
     if merged is not None:
         values["merged"] = str(merged)
         values["merged_bytes"] = merge_to_file(net, made.adapter, merged)
+    if drawn is not None:
+        write_bytes(drawn, png(picture(values)))
+        values["picture"] = str(drawn)
     result(values, json, lambda: _print(values))
 
 
@@ -213,6 +224,6 @@ def _print(values: dict[str, Any]) -> None:
             [(r["of"], percent(r["clean"]), *m, percent(r["mean"])) for r, m in zip(told, means, strict=True)],
             right=range(1, len(names) + 3),
         )
-    for key in ("soup", "merged"):
-        if values[key]:
+    for key in ("soup", "merged", "picture"):
+        if values.get(key):
             print(f"{key}: {values[key]}")

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -208,6 +208,8 @@ class _Work:
             recipe = placed(self.recipe, values)
         except DeltavitError as error:  # values that are only refused together
             return {"state": "failed", "error": str(error)}
+        if self.halving:  # which looks at every epoch
+            recipe = recipe.model_copy(update={"train": replace(recipe.train, val_every=1)})
         epochs, curve = recipe.train.epochs, _curve(folder)
         for epoch, accuracy in curve.items():
             self.ledger.epoch(trial, epoch, accuracy)

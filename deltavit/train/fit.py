@@ -54,10 +54,12 @@ class Training:
     pace_noise: float = 1.0
     """Standard deviation of that noise in the second block; it falls to 1/(L-1) of it in the last."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    val_every: int = 1
+    """Epochs from one validation to the next; the last epoch always has one."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
+        for name in ("epochs", "batch_size", "accumulate", "val_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "weight_decay", "warmup", "label_smoothing", "mixup", "momentum", "pace", "pace_noise"):
@@ -81,7 +83,7 @@ _CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Training).item
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step.  `accuracy` is the validation accuracy, at the last step of an epoch and else None."""
+    """One optimizer step.  `accuracy` is that on val, at the last step of an epoch that is validated and else None."""
 
     epoch: int
     step: int
@@ -174,7 +176,7 @@ def fit(
                 accuracy = None
                 if done % per_epoch == 0:
                     _finite(trained, done)
-                    if val is not None:
+                    if val is not None and ((epoch + 1) % training.val_every == 0 or done == steps):
                         accuracy = evaluate(model, val, precision=training.precision).accuracy
                 yield Step(epoch, done, steps, loss, lr, accuracy, time.monotonic() - began)
                 if done % per_epoch == 0 or time.monotonic() - clock > every:
@@ -334,7 +336,7 @@ def _identity(
         "classes": len(adapter.classes or ()),
         "seed": adapter.seed,
         "data": train.split.digest,
-        "training": asdict(training),
+        "training": {k: v for k, v in asdict(training).items() if k != "val_every"},  # which changes nothing trained
         "steps": steps,
         **(meta or {}),
     }

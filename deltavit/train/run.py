@@ -1,7 +1,7 @@
 """A run: a recipe carried out in a folder of its own.
 
     recipe.toml          the recipe as run, all defaults written out
-    metrics.jsonl        a line each optimizer step; `accuracy` (on val) at the end of each epoch
+    metrics.jsonl        a line each optimizer step; `accuracy` (on val) at the end of each epoch that has one
     checkpoint-*         what is needed to continue, gone once the run is done
     adapter.safetensors  the result
     test-reads.jsonl     each reading of the test split: after which step, by which weights
