@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from decimal import Decimal, getcontext
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 import deltavit
-from deltavit import cli
 from deltavit.analysis.angle import Angles, angles, compare, fine_tuned_angle, heat_map, joined, select, spearman, turn
 from deltavit.analysis.pairs import Pair, of_adapter, of_models, png
 from deltavit.core.attach import plan
@@ -21,24 +19,6 @@ from deltavit.models import skeleton
 from deltavit.train.recipe import read_recipe
 
 SMALL = ["--model", "tiny", "--device", "cpu", "train.batch_size=8", "data.workers=0"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process; its exit code, standard output and standard error."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["deltavit", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def disturb(adapter, size=0.1, seed=0):

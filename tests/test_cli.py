@@ -27,44 +27,6 @@ TRAINED = {
 SMALL = ["--model", "tiny", "--epochs", "3", "--device", "cpu", "train.batch_size=8", "data.workers=0"]
 
 
-class Done:
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self):
-        """The last line of standard output, which must be one JSON object."""
-        values = json.loads(self.out.splitlines()[-1])
-        assert isinstance(values, dict)
-        return values
-
-    @property
-    def line(self):
-        """The one line of an error: nothing else on standard error, no traceback."""
-        assert self.code == 1, self.err
-        assert self.err.count("\n") == 1, self.err
-        assert self.err.startswith("deltavit: ")
-        return self.err.strip()
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command as a shell would, but in this process."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["deltavit", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return Done(code, said.out, said.err)
-
-    return run
-
-
 def command(*words, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     program = [sys.executable, "-c", "from deltavit.cli import main; main()", *map(str, words)]

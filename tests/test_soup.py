@@ -429,21 +429,14 @@ def test_tensors_that_do_not_exist_are_refused(names, line, base):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command as a shell would, but in this process: its exit code, JSON and standard error."""
+def run(run):
+    """Run a command with --json: its exit code, what it told, and standard error."""
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["deltavit", *map(str, words), "--json"])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, json.loads(said.out.splitlines()[-1]), said.err
+    def run_json(*words):
+        done = run(*words, "--json")
+        return done.code, done.json, done.err
 
-    return run
+    return run_json
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import safetensors.torch
@@ -10,7 +9,6 @@ import torch
 from torch import nn
 
 import deltavit
-from deltavit import cli
 from deltavit.analysis.pairs import Pair, of_adapter, of_models, png
 from deltavit.analysis.spectrum import (
     MEASURES,
@@ -27,24 +25,6 @@ from deltavit.analysis.spectrum import (
 from deltavit.core.errors import AdapterError, ModelError
 
 OUT, INP, K = 30, 20, 4
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process; its exit code, standard output and standard error."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["deltavit", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def base(seed=0):
