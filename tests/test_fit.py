@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import deltavit
 from deltavit import Images, Training, attach, evaluate, fit, load_model, method, methods, predict
-from deltavit.core.errors import AdapterError, DataError, TrainingError
+from deltavit.core.errors import AdapterError, DataError, Diverged, TrainingError
 from deltavit.data import Split, decode, normalise, order, to_tensor
 from deltavit.store import Checkpoints
 from deltavit.train.evaluate import native_bf16
@@ -309,7 +309,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint_of_it(
         next(steps)
     with torch.no_grad():
         run.adapter.tensors()["norm.weight"][0] = math.nan
-    with pytest.raises(TrainingError, match=r"the loss is nan at epoch 2, step 5 of 12: lower train\.lr"):
+    with pytest.raises(Diverged, match=r"the loss is nan at epoch 2, step 5 of 12: lower train\.lr"):
         next(steps)
     assert not run.model.training
     step, tensors, _ = Checkpoints(tmp_path).latest()
@@ -319,7 +319,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint_of_it(
 
 def test_a_learning_rate_that_blows_up_is_named(data, tmp_path):
     run = checkpointed(data, tmp_path, dataclasses.replace(PLAIN, lr=1e30, warmup=0.0), "full")
-    with pytest.raises(TrainingError, match=r"step 2 of 6: lower train\.lr \(now 1e\+30\)"):
+    with pytest.raises(Diverged, match=r"step 2 of 6: lower train\.lr \(now 1e\+30\)"):
         run.losses()
     assert Checkpoints(tmp_path).latest() is None
 
@@ -331,7 +331,7 @@ def test_a_step_that_ends_in_nan_is_neither_yielded_as_an_epoch_nor_saved(data, 
     next(steps)
     with torch.no_grad():
         run.adapter.head.bias.fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"head\.bias is not finite|the loss is nan"):
+    with pytest.raises(Diverged, match=r"head\.bias is not finite|the loss is nan"):
         next(steps) if stop is None else steps.close()
     assert Checkpoints(tmp_path).latest() is None
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from ..core.attach import plan
-from ..core.errors import DataError, FileError, MethodError, ModelError, RecipeError, TrainingError, unknown
+from ..core.errors import DataError, Diverged, FileError, MethodError, ModelError, RecipeError, TrainingError, unknown
 from ..core.method import method
 from ..core.sealed import shown, write_bytes
 from ..core.site import Anatomy, Where, anatomy
@@ -43,7 +43,6 @@ PARTS = ("attention", "ffn")
 Head = Literal["frozen", "trained"]
 """`frozen`: drawn from the seed, and kept.  `trained`: along with the module."""
 State = Literal["reached", "at most", "not reached", "no gap", "failed"]
-_DIVERGED = re.compile(r"the loss is|is not finite")
 
 
 @dataclass(frozen=True)
@@ -356,9 +355,7 @@ class _Work:
             try:
                 for step in steps:
                     self.watch(self.done, self.total, step)
-            except TrainingError as error:
-                if not _DIVERGED.search(str(error)):
-                    raise
+            except Diverged as error:
                 write_bytes(folder / "failed.json", _json({"error": str(error)}))
 
     def _recipe(self, cell: Cell, rate: float, seed: int) -> Recipe:

@@ -7,7 +7,8 @@ DeltavitError              everything deltavit refuses, one line that says what,
 ├── AdapterError           an adapter in the wrong state for what was asked (merged, detached)
 ├── FileError              an adapter or checkpoint file that is torn, hostile, or of another base
 ├── RecipeError            a recipe with an unknown key or an impossible value
-└── TrainingError          a run that cannot go on: a NaN loss, a folder that another process owns
+└── TrainingError          a run that cannot go on: a folder that another process owns, another run's checkpoint
+    └── Diverged           a loss, gradient or tensor that is not finite: lower the learning rate
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class RecipeError(DeltavitError): ...
 
 
 class TrainingError(DeltavitError): ...
+
+
+class Diverged(TrainingError): ...
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

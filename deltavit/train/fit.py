@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.attach import Adapter
-from ..core.errors import DataError, TrainingError, unknown
+from ..core.errors import DataError, Diverged, TrainingError, unknown
 from ..data import Images, augment, batches, normalise
 from ..store import Checkpoints, pack, unpack
 from . import ddp
@@ -118,8 +118,8 @@ def fit(
         A `Step` for each optimizer step not yet done.
 
     Raises:
-        TrainingError: a loss, gradient or tensor that is not finite, of which nothing is saved; trainables of half
-            precision; a checkpoint of another run.
+        Diverged: a loss, gradient or tensor that is not finite, of which nothing is saved.
+        TrainingError: trainables of half precision; a checkpoint of another run.
         AdapterError: the adapter is not attached.  DataError: no picture, or a class that the head does not have.
     """
     training = training or Training()
@@ -235,11 +235,11 @@ def _step(
     value = whole.item()
     where = f"at epoch {epoch + 1}, step {done + 1} of {steps}"
     if not math.isfinite(value):
-        raise TrainingError(f"the loss is {value} {where}: lower train.lr (now {training.lr}), nothing of it was saved")
+        raise Diverged(f"the loss is {value} {where}: lower train.lr (now {training.lr}), nothing of it was saved")
     norm = nn.utils.clip_grad_norm_(trained.values(), math.inf if training.clip is None else training.clip)
     if not torch.isfinite(norm):
         bad = next((n for n, p in trained.items() if p.grad is not None and not p.grad.isfinite().all()), "?")
-        raise TrainingError(f"the gradient of {bad} is not finite {where}: lower train.lr (now {training.lr})")
+        raise Diverged(f"the gradient of {bad} is not finite {where}: lower train.lr (now {training.lr})")
     optimizer.step()
     return value
 
@@ -247,7 +247,7 @@ def _step(
 def _finite(trained: dict[str, nn.Parameter], done: int) -> None:
     bad = next((name for name, p in trained.items() if not p.isfinite().all()), None)
     if bad is not None:
-        raise TrainingError(f"{bad} is not finite after step {done}: lower train.lr; nothing of it was saved")
+        raise Diverged(f"{bad} is not finite after step {done}: lower train.lr; nothing of it was saved")
 
 
 def _pictures(
