@@ -1,7 +1,8 @@
 """The pages that follow from the code: one for each method, which method fits which model, and the command line.
 
     python docs/gen.py            write docs/methods/*.md, docs/support.md and docs/cli.md
-    python docs/gen.py --readme   rewrite the tables that are committed: README.md's methods, the contract's checks
+    python docs/gen.py --readme   rewrite the tables that are committed: README.md's methods and result, the contract's
+                                  checks
 
 mkdocs runs this file as a hook, so the pages are never committed.
 """
@@ -9,10 +10,12 @@ mkdocs runs this file as a hook, so the pages are never committed.
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import functools
 import inspect
 import re
+import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -32,8 +35,12 @@ from deltavit.models import skeleton
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 MODELS = {"ViT-B/16": "vit_base_patch16_224", "DeiT-Tiny": "deit_tiny_patch16_224"}
-COMMITTED = {"README.md": "methods", "docs/adding-a-method.md": "checks"}
-"""Files with a generated table between two comments, and the table's name."""
+COMMITTED = {"README.md": ("methods", "result"), "docs/adding-a-method.md": ("checks",)}
+"""Files with generated tables, each between two comments, and the tables' names."""
+RUNS = DOCS / "results" / "mini-vtab-cpu" / "runs.csv"
+SHOWN = ("linear probing", "BitFit", "LoRA", "KAdaptation", "FacT-TT", "FacT-TK", "RLRR", "SSF", "VPT-deep", "Adapter",
+         "partial: attention, first half", "full fine-tuning")  # fmt: skip
+"""Rows of README.md's result."""
 
 
 # --- what is known of a method ---------------------------------------------------------------------------------------
@@ -99,13 +106,30 @@ def checks() -> str:
     return "\n".join(["| check | what it holds you to |", "|---|---|", *rows])
 
 
+def result() -> str:
+    """Test accuracy of some methods of mini-vtab: mean and standard deviation over seeds, from the runs themselves."""
+    with RUNS.open(encoding="utf-8", newline="") as file:
+        runs = list(csv.DictReader(file))
+    sets = list(dict.fromkeys(run["set"] for run in runs))
+    lines = [f"| method | trains | {' | '.join(sets)} |", f"|---|---:|{'---:|' * len(sets)}"]
+    for method in SHOWN:
+        cells = []
+        for name in sets:
+            own = [100 * float(run["test"]) for run in runs if (run["method"], run["set"]) == (method, name)]
+            cells.append(f"{statistics.fmean(own):.1f}" + (f" ± {statistics.stdev(own):.1f}" if own[1:] else ""))
+        body = next(int(run["body"]) for run in runs if run["method"] == method)
+        lines.append(f"| {method} | {body:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def renewed(file: str, text: str) -> str:
-    """The text of a committed file with its generated table made anew."""
-    name = COMMITTED[file]
-    before, begin, rest = text.partition(f"<!-- {name}:begin -->")
-    _, end, after = rest.partition(f"<!-- {name}:end -->")
-    made = table("{source}") if name == "methods" else checks()
-    return f"{before}{begin}\n{made}\n{end}{after}"
+    """The text of a committed file with its generated tables made anew."""
+    make = {"methods": lambda: table("{source}"), "result": result, "checks": checks}
+    for name in COMMITTED[file]:
+        before, begin, rest = text.partition(f"<!-- {name}:begin -->")
+        _, end, after = rest.partition(f"<!-- {name}:end -->")
+        text = f"{before}{begin}\n{make[name]()}\n{end}{after}"
+    return text
 
 
 # --- one page for each method ----------------------------------------------------------------------------------------

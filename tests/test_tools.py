@@ -1,4 +1,4 @@
-"""The scripts beside the package run: pretraining of the backbone, the speed harness, the real results."""
+"""The scripts beside the package run: pretraining of the backbone, the speed harness."""
 
 import json
 import subprocess
@@ -52,20 +52,3 @@ def test_the_speed_harness_prints_ratios(tmp_path):
     rows = json.loads((tmp_path / "speed.json").read_text())["vit_tiny_patch16_224"]
     assert set(rows) == {"frozen limit", "lora all r8", "PEFT LoRA all r8"}
     assert "over the limit" in printed
-
-
-@pytest.mark.slow
-def test_the_real_results_resume_and_report(tmp_path):
-    for split in ("train", "val", "test"):
-        pictures(tmp_path / "data" / "cifar100" / split, 2, 4, 32)
-    flags = ["--data", tmp_path / "data", "--model", "vit_pico", "--sets", "cifar100", "--seeds", 1, "--epochs", 1,
-             "--image-size", 32, "--methods", "LoRA r8,full fine-tuning", "--out", tmp_path / "records"]  # fmt: skip
-    script = ROOT / "benchmarks/real_results.py"
-    first = run(script, *flags)
-    assert "chosen on val" in first
-    assert "val 0" not in run(script, *flags)  # nothing is trained twice
-    run(script, "--report", tmp_path / "records", "--to", tmp_path / "page")
-    page = (tmp_path / "page" / "methods.md").read_text()
-    assert all(f"| {method} |" in page for method in ("LoRA r8", "full fine-tuning"))
-    run(script, "--report", tmp_path / "records", "--to", tmp_path / "page")
-    assert (tmp_path / "page" / "methods.md").read_text() == page
