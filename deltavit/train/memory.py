@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import sys
 from pathlib import Path
 
@@ -10,10 +12,16 @@ import torch
 
 
 def forget_peak(device: torch.device) -> None:
-    """Begin to measure anew, where the system can: CUDA, Linux."""
+    """Begin to measure anew, where the system can: CUDA, Linux.
+
+    On a processor what earlier work of this process has freed is given back first (glibc), as it would count again.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # not Linux: the peak is that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
 
