@@ -1,6 +1,6 @@
 """deltavit adapts large pretrained Vision Transformers to new image tasks by training a tiny part of them."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 from . import methods as _methods
 from .core.attach import Adapter, Plan, adapters, attach, plan
