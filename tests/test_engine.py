@@ -70,7 +70,7 @@ def test_a_piece_that_raises_fails_alone_with_its_traceback(suite, tmp_path):
     broken = records["broken"]
     assert (broken["status"], broken["attempts"]) == ("failed", 1)
     assert "the loss is nan" in broken["error"]["line"]
-    assert "TrainingError" in broken["error"]["traceback"]
+    assert "core.errors.Diverged" in broken["error"]["traceback"]
     assert "fit.py" in broken["error"]["traceback"]
     assert not servers()
 
