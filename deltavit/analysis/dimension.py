@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from ..core.attach import plan
 from ..core.errors import DataError, Diverged, FileError, MethodError, ModelError, RecipeError, TrainingError, unknown
 from ..core.method import method
-from ..core.sealed import shown, write_bytes
+from ..core.sealed import shown, write_json
 from ..core.site import Anatomy, Where, anatomy
 from ..models import load_model
 from ..models.load import skeleton
@@ -356,7 +356,7 @@ class _Work:
                 for step in steps:
                     self.watch(self.done, self.total, step)
             except Diverged as error:
-                write_bytes(folder / "failed.json", _json({"error": str(error)}))
+                write_json(folder / "failed.json", {"error": str(error)})
 
     def _recipe(self, cell: Cell, rate: float, seed: int) -> Recipe:
         """The ordinary recipe of one point."""
@@ -381,8 +381,8 @@ class _Work:
 
     def write(self) -> list[Curve]:
         found = curves(self.points, {name: numbers for name, (numbers, _) in self.told.items()}, self.settings)
-        write_bytes(self.out / "points.json", _json([asdict(point) for point in self.points]))
-        write_bytes(self.out / "curves.json", _json([plain(curve) for curve in found]))
+        write_json(self.out / "points.json", [asdict(point) for point in self.points])
+        write_json(self.out / "curves.json", [plain(curve) for curve in found])
         return found
 
 
@@ -418,10 +418,6 @@ def _definition(recipe: Recipe, chosen: Sequence[Module], settings: Settings) ->
     wheres = {one.name: asdict(one.where) for one in chosen}
     said = {"format": FORMAT, **asdict(settings), "modules": wheres, "recipe": told}
     return json.loads(json.dumps(said))  # type: ignore[no-any-return]
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 # --- what the points say ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from .. import __version__
 from ..core.attach import Adapter, attach, plan
 from ..core.edit import Edit, Own, Rewrite
 from ..core.errors import DataError, FileError, MethodError
-from ..core.file import OPTIONS, Info, info, load
+from ..core.file import ADAPTER, OPTIONS, Info, adapter_file, info, load
 from ..core.guests import as_matrix
 from ..core.method import Method, method, positive
 from ..core.sealed import shown
@@ -48,7 +48,7 @@ class Member:
     @property
     def label(self) -> str:
         """A short name for files, which must not tell where on a machine something lay."""
-        return self.path.parent.name if self.path.name == "adapter.safetensors" else self.path.name
+        return self.path.parent.name if self.path.name == ADAPTER else self.path.name
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ def members(paths: Sequence[str | Path]) -> list[Member]:
             of them, another preprocessing.
     """
     found = []
-    for each in map(Path, paths):
-        path = each / "adapter.safetensors" if each.is_dir() else each
+    for path in map(adapter_file, paths):
         found.append(Member(path, info(path)))
     if len(found) < 2:
         given = f"only {shown(found[0].path)}" if found else "none"

@@ -6,23 +6,22 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from .. import __version__
 from ..core.errors import DataError, DeltavitError
+from ..core.file import ADAPTER
 from ..core.sealed import write_bytes
 from ..data.protocols import protocol
 from ..search import Search, search
+from ..train.fit import drain
 from ..train.recipe import Recipe, read_recipe
 from ..train.run import open_splits, run
 from .record import FORMAT
-
-T = TypeVar("T")
 
 
 def work(spec: dict[str, Any], found: dict[str, dict[str, Any]], folder: str) -> dict[str, Any]:
@@ -90,7 +89,7 @@ def _cell(spec: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) 
         "error": None,
     }  # fmt: skip
     if not spec["keep_adapters"]:
-        (folder / "adapter.safetensors").unlink(missing_ok=True)
+        (folder / ADAPTER).unlink(missing_ok=True)
     return record
 
 
@@ -132,15 +131,6 @@ def _as_run(folder: Path) -> dict[str, Any]:
     if "weights" in plain["model"]:
         plain["model"]["weights"] = Path(plain["model"]["weights"]).name
     return plain
-
-
-def drain(steps: Generator[Any, None, T]) -> T:
-    """Run a generator to its end for the value that it returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
 
 
 def _curve(metrics: Path) -> list[list[Any]]:

@@ -6,7 +6,6 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -17,8 +16,8 @@ from ..analysis import angle as angles_
 from ..analysis import spectrum as spectra_
 from ..analysis.pairs import Pair, of_adapter, of_models, png
 from ..core.errors import DataError, RecipeError
-from ..core.file import load
-from ..core.sealed import write_bytes
+from ..core.file import adapter_file, load
+from ..core.sealed import write_bytes, write_json
 from ..core.site import anatomy
 from ..models import load_model
 from ..train.recipe import Recipe, read_recipe
@@ -115,22 +114,23 @@ def angle(
         found, source = angles_.angles(of_adapter(loaded, **extras)), f"{said.method.name} on {said.base}"
         loaded.detach()
         if given == ["adapter"]:
-            beside = _file(adapter).parent / "recipe.toml"
+            beside = adapter_file(adapter).parent / "recipe.toml"
             sections = {"model": {"name": model or said.base, "weights": weights, **said.options}}
             if not beside.exists():  # the file keeps how it was trained, but not on which folder
                 sections |= {"data": told(said, "data"), "train": told(said, "train") or CAREFUL}
             chosen = read_recipe(beside if beside.exists() else None, changes or [], **sections)
     values: dict[str, Any] = {"source": source, **dataclasses.asdict(found)}
     if against is not None:
-        other = load(_file(against), net)
+        other = load(adapter_file(against), net)
         agreed = angles_.compare(found, angles_.angles(of_adapter(other, **extras)), select)
         values["against"] = [dataclasses.asdict(one) for one in agreed]
+    out.mkdir(parents=True, exist_ok=True)
     if select is not None:
         layers = angles_.select(found, select, largest=largest, per_part=per_part)
         method = {"name": "partial", "layers": list(layers)}
-        _write(out / "partial.toml", chosen.model_copy(update={"method": method}).toml().encode())
+        write_bytes(out / "partial.toml", chosen.model_copy(update={"method": method}).toml().encode())
         values |= {"selected": list(layers), "recipe": str(out / "partial.toml")}
-    _write(out / "angles.json", _json(values))
+    write_json(out / "angles.json", values)
     title = f"fine-tuned angles in degrees: {source}"
     _draw(out / "angles.png", lambda: angles_.heat_map(found, title))
 
@@ -214,7 +214,8 @@ def spectrum(
     }
     values = {"top": top, "methods": brief}
     every = {label: {name: spectra_.plain(s, top) for name, s in own.items()} for label, own in methods.items()}
-    _write(out / "spectrum.json", _json({**values, "sites": every}))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "spectrum.json", {**values, "sites": every})
     _draw(out / "spectrum.png", lambda: spectra_.picture(methods, top, f"spectra, mean over sites, top {top}"))
 
     def shown_table() -> None:
@@ -237,10 +238,10 @@ def _sources(
         if net is None:
             net, loaded, _ = opened(path, model, weights, "cpu")
         else:
-            loaded = load(_file(path), net)
+            loaded = load(adapter_file(path), net)
         label = loaded.method.name
         if label in labels:
-            label = f"{label} ({_file(path).parent.name})"
+            label = f"{label} ({adapter_file(path).parent.name})"
         labels.append(label)
         yield label, of_adapter(loaded), sum(map(len, loaded.vit.linears))
         loaded.detach()
@@ -259,21 +260,8 @@ def _checkpoints(
     return net, load_model(model, path, image_size=image_size)
 
 
-def _file(path: Path) -> Path:
-    return path / "adapter.safetensors" if path.is_dir() else path
-
-
-def _json(values: dict[str, Any]) -> bytes:
-    return (dumps(values, indent=1) + "\n").encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, content)
-
-
 def _draw(path: Path, make: Callable[[], Any]) -> None:
     try:
-        _write(path, png(make()))
+        write_bytes(path, png(make()))
     except DataError as why:
         say(f"no {path.name}: {why}")

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ..bench import Outcome, estimate, read_suite
 from ..bench import bench as run_suite
-from ..bench import estimate, read_suite
 from ..bench.engine import Engine, Here, Local
 from ..core.errors import RecipeError
+from ..train.fit import drain
 from ..train.recipe import parse_value
 from . import options as o
 from .output import Interrupted, bar, interruptible, result, say, table
@@ -70,15 +71,13 @@ def bench(
     with interruptible("stopping: what runs is left to continue later; press Ctrl-C again to stop at once") as asked:
         with bar(told.name, 1) as shown:
             steps = run_suite(told, out, engine, only=only, retry=retry, stop=asked, say=say)
-            while True:
-                try:
-                    end = next(steps)
-                except StopIteration as stop:
-                    records = stop.value
-                    break
+
+            def see(end: Outcome) -> None:
                 shown.total = end.total
                 shown.advance(end.done)
                 say(f"[{end.done}/{end.total}] {end.key}  {_told(end)}  {time.monotonic() - began:.0f} s")
+
+            records = drain(steps, see)
         failed = [r for r in records if r["status"] == "failed"]
         if asked():
             raise Interrupted(f"stopped; the same command continues it: deltavit {shlex.join(sys.argv[1:])}")
@@ -95,8 +94,8 @@ def bench(
     say(f"tables and pictures: deltavit report {shlex.quote(str(out))}")
 
 
-def _told(end: Any) -> str:
-    if end.error is not None:
+def _told(end: Outcome) -> str:
+    if end.result is None:
         return f"FAILED: {end.error}"
     if end.kind == "search":
         values = ", ".join(

@@ -17,10 +17,10 @@ from ..core.errors import DataError, RecipeError
 from ..core.sealed import write_bytes
 from ..core.site import anatomy
 from ..models.load import skeleton
-from ..train.fit import Step
+from ..train.fit import Step, drain
 from ..train.recipe import read_recipe
 from . import options as o
-from .output import Interrupted, bar, interruptible, result, say, table
+from .output import Interrupted, bar, interruptible, percent, result, say, table
 
 
 def dimension(
@@ -88,12 +88,7 @@ def dimension(
                 raise Interrupted(f"stopped; the same command goes on: {shlex.join(['deltavit', *sys.argv[1:]])}")
 
         points = measure.dimensions(chosen, wanted, settings, out, keep=keep, say=say, watch=watch)
-        while True:
-            try:
-                say(_line(next(points)))
-            except StopIteration as end:
-                found: list[measure.Curve] = end.value
-                break
+        found = drain(points, lambda point: say(_line(point)))
     values = {"out": str(out), "curves": [measure.plain(curve) for curve in found]}
     title = f"{Path(chosen.data.path).resolve().name}, {chosen.model.name}"
     try:
@@ -113,8 +108,8 @@ def dimension(
             ("module", "head", "numbers", "probe", "module", "target", "d", "by seed"),
             [
                 (
-                    c.module, c.head, c.numbers, _percent(measure.mean_of(c.probe)), _percent(measure.mean_of(c.whole)),
-                    _percent(c.crossing.target), str(c.crossing), ", ".join(map(_short, c.by_seed)),
+                    c.module, c.head, c.numbers, percent(measure.mean_of(c.probe)), percent(measure.mean_of(c.whole)),
+                    percent(c.crossing.target), str(c.crossing), ", ".join(map(_short, c.by_seed)),
                 )
                 for c in found
             ],
@@ -128,12 +123,8 @@ def dimension(
 
 def _line(point: measure.Point) -> str:
     what = {0: "linear probe", None: "whole"}.get(point.dimension, f"d {point.dimension}")
-    told = point.error if point.accuracy is None else f"val {100 * point.accuracy:5.1f} %"
+    told = point.error if point.accuracy is None else f"val {percent(point.accuracy):>5} %"
     return f"{point.module} {what}, {point.head} head, rate {point.rate:g}, seed {point.seed}: {told}".strip()
-
-
-def _percent(accuracy: float | None) -> str:
-    return "" if accuracy is None else f"{100 * accuracy:.1f}"
 
 
 def _short(crossing: measure.Crossing) -> str:

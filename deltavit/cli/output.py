@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..train.fit import Step
+from ..train.fit import Step, drain
 
 PATIENCE = 2.0
 """Seconds after which a command shows how far it is."""
@@ -39,6 +39,11 @@ def result(values: dict[str, Any], as_json: bool, shown: Callable[[], None] | No
         width = max(map(len, values))
         for key, value in values.items():
             print(f"{key:{width}}  {value}")
+
+
+def percent(accuracy: float | None) -> str:
+    """An accuracy in [0, 1] as a table shows it; nothing where there is none."""
+    return "" if accuracy is None else f"{100 * accuracy:.1f}"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = ()) -> None:
@@ -113,20 +118,18 @@ class Interrupted(Exception):
 
 def drive(steps: Generator[Step, None, T], label: str, quiet: bool = False) -> T:
     """Run a training generator to its end, showing progress and a line an epoch.  Returns its return value."""
-    with interruptible() as asked, bar(label, 1) as shown:
+    with closing(steps), interruptible() as asked, bar(label, 1) as shown:
         began = time.monotonic()
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+
+        def see(step: Step) -> None:
             shown.total = step.steps
             shown.advance(step.step, f"{label} loss {step.loss:.3f}")
             if step.accuracy is not None and not quiet:
                 say(
-                    f"epoch {step.epoch + 1:3}  loss {step.loss:.4f}  val {100 * step.accuracy:5.1f} %  "
+                    f"epoch {step.epoch + 1:3}  loss {step.loss:.4f}  val {percent(step.accuracy):>5} %  "
                     f"{time.monotonic() - began:6.1f} s"
                 )
             if asked():
-                steps.close()
                 raise Interrupted
+
+        return drain(steps, see)

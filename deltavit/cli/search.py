@@ -12,9 +12,9 @@ import typer
 from pydantic import ValidationError
 
 from ..core.errors import RecipeError
-from ..search import Found, Search, Trial, default_space, parse_space
+from ..search import Search, Trial, default_space, parse_space
 from ..search import search as run_search
-from ..train.fit import Step
+from ..train.fit import Step, drain
 from ..train.recipe import read_recipe
 from . import options as o
 from .output import Interrupted, bar, interruptible, result, say, table
@@ -80,12 +80,7 @@ def search(
                 raise Interrupted(f"stopped; the same command goes on: {shlex.join(['deltavit', *sys.argv[1:]])}")
 
         steps = run_search(chosen, wanted, settings, out, keep=keep, say=say, watch=watch)
-        while True:
-            try:
-                say(_line(next(steps)))
-            except StopIteration as end:
-                found: Found = end.value
-                break
+        found = drain(steps, lambda trial: say(_line(trial)))
     best = out / "best.toml"
     again = f"deltavit train --recipe {shlex.quote(str(best))}"
     values = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -18,9 +18,10 @@ from ..core.file import load
 from ..core.sealed import write_bytes
 from ..data import Dataset, Images, Split, open_data
 from ..train import evaluate as evaluate_images
+from ..train.fit import drain
 from ..train.merge import merge_to_file
 from . import options as o
-from .output import bar, result, say, table
+from .output import bar, percent, result, say, table
 from .tasks import cut_of, opened, told_of
 
 
@@ -154,19 +155,16 @@ def _opened(several: Sequence[Member], data: str) -> Dataset:
     return found
 
 
-def _cooked(steps: Any, total: int) -> Soup:
+def _cooked(steps: Generator[Tried, None, Soup], total: int) -> Soup:
     with bar("soup", total) as shown:
-        done = 0
-        while True:
-            try:
-                tried: Tried = next(steps)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
-            done += 1
-            shown.advance(done)
+
+        def see(tried: Tried) -> None:
+            shown.advance(shown.done + 1)
             last = tried.members[-1]
             verdict = "" if tried.taken is None else "  stays in" if tried.taken else "  left out"
-            say(f"val {100 * tried.accuracy:5.1f} %  {'' if tried.taken is None else 'with '}{last}{verdict}")
+            say(f"val {percent(tried.accuracy):>5} %  {'' if tried.taken is None else 'with '}{last}{verdict}")
+
+        return drain(steps, see)
 
 
 def _ood(
@@ -196,9 +194,6 @@ def _ood(
 
 
 def _print(values: dict[str, Any]) -> None:
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.1f}"
-
     over = f" over {values['over']}" if values["over"] else ""
     rows = [(m["path"], m["method"], percent(m["val_accuracy"]), m["taken"]) for m in values["members"]]
     title = f"{values['kind']} soup, mean of {values['average']}{over}"

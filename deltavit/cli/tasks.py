@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core.attach import Adapter
 from ..core.errors import DataError
-from ..core.file import Info, info, load
+from ..core.file import Info, adapter_file, info, load
 from ..data import Images, open_data, open_images
 from ..models import load_model
 from ..train import ddp
@@ -160,12 +160,10 @@ def predict(
 
 def opened(path: Path, name: str | None, weights: str | None, device: str) -> tuple[nn.Module, Adapter, Info]:
     """The base that an adapter file names, with the adapter on it; a run's recipe knows where its weights are."""
-    if path.is_dir():
-        if weights is None and (path / "recipe.toml").exists():
-            weights = read_recipe(path / "recipe.toml").model.weights
-        path = path / "adapter.safetensors"
-    elif weights is None and (path.parent / "recipe.toml").exists():
-        weights = read_recipe(path.parent / "recipe.toml").model.weights
+    path = adapter_file(path)
+    beside = path.parent / "recipe.toml"
+    if weights is None and beside.exists():
+        weights = read_recipe(beside).model.weights
     said = info(path)
     base = load_model(name or said.base, weights, **said.options)
     adapter = load(path, base)

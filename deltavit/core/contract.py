@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .attach import Adapter, attach, plan
 from .edit import Change, Rewrite
 from .errors import DeltavitError, MethodError
-from .file import load
+from .file import ADAPTER, load
 from .method import Method
 from .site import anatomy
 
@@ -173,7 +173,7 @@ def saves_and_loads(model: nn.Module, method: Method) -> None:
     adapter = attach(one, method, classes=names, seed=3)
     stir(adapter)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.safetensors"
+        path = Path(folder) / ADAPTER
         size = adapter.save(path)
         trained = sum(t.numel() * t.element_size() for t in adapter.tensors().values())
         _must(size <= trained + 16 * 1024, f"the file has {size - trained} bytes more than what trains")

@@ -25,6 +25,8 @@ from .sealed import pack, packed_shapes, read, read_header, reason, shown, unpac
 from .site import Preprocessing, anatomy
 
 VERSION = 1
+ADAPTER = "adapter.safetensors"
+"""Its name in the folder of a run."""
 OPTIONS = 2048
 """Bytes that a method's options may have in a file: a role or block named a million times would cost minutes."""
 
@@ -65,6 +67,12 @@ class Info:
     training: dict[str, Any]
     layout: dict[str, tuple[str, tuple[int, ...]]]
     bytes: int
+
+
+def adapter_file(path: str | Path) -> Path:
+    """The adapter file that a path means: itself, or that of a run where it is the run's folder."""
+    path = Path(path)
+    return path / ADAPTER if path.is_dir() else path
 
 
 def info(path: str | Path) -> Info:

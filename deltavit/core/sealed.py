@@ -114,6 +114,11 @@ def write_bytes(path: str | os.PathLike[str], *pieces: bytes | memoryview) -> in
     return sum(map(len, pieces))
 
 
+def write_json(path: str | os.PathLike[str], value: Any) -> int:
+    """Write a value as JSON for people to read, as `write_bytes` writes; the number of bytes."""
+    return write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
 def read_header(path: str | os.PathLike[str], *, limit: int = LIMIT, follow: bool = False) -> Header:
     """What the file claims to hold, at the cost of its header alone.  `follow=True` takes a symbolic link too.
 

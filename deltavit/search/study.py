@@ -29,7 +29,8 @@ import torch
 from pydantic import Field
 
 from ..core.errors import DataError, DeltavitError, FileError, ModelError, TrainingError
-from ..core.sealed import write_bytes
+from ..core.file import ADAPTER
+from ..core.sealed import write_bytes, write_json
 from ..store import FolderLock, claim
 from ..train.fit import Step
 from ..train.recipe import Recipe, Section
@@ -240,7 +241,7 @@ class _Work:
         """Delete what a trial that has ended needs no more."""
         folder = _folder(self.out, values)
         for path in folder.glob("*.safetensors"):
-            if not (self.keep and path.name == "adapter.safetensors"):
+            if not (self.keep and path.name == ADAPTER):
                 path.unlink(missing_ok=True)
 
 
@@ -322,7 +323,7 @@ def _write(out: Path, said: dict[str, Any], points: Sequence[Point], recipe: Rec
         {**asdict(trial), "curve": curves[trial.number], "folder": f"trials/{_folder(out, trial.values).name}"}
         for trial in trials
     ]
-    write_bytes(out / "trials.json", _json({**said, "best": best and best.number, "trials": told}))
+    write_json(out / "trials.json", {**said, "best": best and best.number, "trials": told})
     if best is None or best.accuracy is None:
         return None
     chosen = placed(recipe, best.values)
@@ -338,7 +339,3 @@ def _nothing(points: Sequence[Point]) -> NoReturn:
 
 def _told(values: Values) -> str:
     return ", ".join(f"{key} = {value}" for key, value in values.items())
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import FileError, TrainingError
-from ..core.sealed import reason, shown, write_bytes
+from ..core.sealed import reason, shown, write_json
 
 
 def claim(path: Path, said: dict[str, Any], what: str) -> None:
@@ -26,7 +26,7 @@ def claim(path: Path, said: dict[str, Any], what: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as why:
             raise FileError(f"cannot make the folder {shown(path.parent)}: {reason(why)}") from None
-        write_bytes(path, (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(path, said)
         return
     try:
         was = _flat(json.loads(path.read_text(encoding="utf-8")))

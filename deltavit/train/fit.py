@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from ..data import Images, augment, batches, normalise
 from ..store import Checkpoints, pack, unpack
 from . import ddp
 from .evaluate import autocast, evaluate
+
+S = TypeVar("S")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,16 @@ class Step:
     lr: float
     accuracy: float | None = None
     seconds: float = 0.0
+
+
+def drain(steps: Generator[S, None, R], see: Callable[[S], None] = lambda step: None) -> R:
+    """Run a generator to its end, showing `see` what it yields; the value that it returns."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        see(step)
 
 
 def fit(

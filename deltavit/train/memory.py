@@ -20,7 +20,7 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, Windows
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # not Linux: the peak is that of the whole process
         Path("/proc/self/clear_refs").write_text("5")

@@ -27,6 +27,7 @@ import torch
 from .. import __version__
 from ..core.attach import Adapter, attach
 from ..core.errors import TrainingError
+from ..core.file import ADAPTER
 from ..core.sealed import read, write, write_bytes
 from ..core.site import anatomy
 from ..data import Dataset, Images, Split, open_data
@@ -200,9 +201,9 @@ def _run(
     adapter.summary = {**result, "recipe": {"train": told["train"], "data": cut}, "deltavit": __version__}
     if not main:
         return result
-    size = adapter.save(out / "adapter.safetensors")
+    size = adapter.save(out / ADAPTER)
     result |= {
-        "adapter": str(out / "adapter.safetensors"),
+        "adapter": str(out / ADAPTER),
         "adapter_bytes": size,
         "seconds": round(seconds + time.monotonic() - began, 2),
         "train_seconds": round(trained, 2),
