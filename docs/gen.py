@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import inspect
 import re
-import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -31,6 +30,8 @@ from deltavit.core.errors import MethodError
 from deltavit.core.method import Method
 from deltavit.core.site import Anatomy, Where
 from deltavit.models import skeleton
+from deltavit.report.render import percent
+from deltavit.report.stats import spread
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -115,8 +116,8 @@ def result() -> str:
     for method in SHOWN:
         cells = []
         for name in sets:
-            own = [100 * float(run["test"]) for run in runs if (run["method"], run["set"]) == (method, name)]
-            cells.append(f"{statistics.fmean(own):.1f}" + (f" ± {statistics.stdev(own):.1f}" if own[1:] else ""))
+            own = [float(run["test"]) for run in runs if (run["method"], run["set"]) == (method, name)]
+            cells.append(percent(spread(own)))
         body = next(int(run["body"]) for run in runs if run["method"] == method)
         lines.append(f"| {method} | {body:,} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -148,6 +148,38 @@ def test_each_number_of_shots_has_a_mean_of_its_own():
     assert "mean of 4-shot" in markdown(summary(records))
 
 
+def test_a_difference_is_paired_by_set_and_seed():
+    records = [r for r in grid() if (r["method"], r["set"], r["seed"]) != ("LoRA r8", "dtd", 1)]
+    told = summary(records, against="BitFit")
+
+    def of(method):
+        return {(r["set"], r["seed"]): r["test_accuracy"] for r in records if r["method"] == method}
+
+    for method, seeds in {"linear": (0, 1, 2), "LoRA r8": (0, 2)}.items():  # every set has these seeds of both
+        mine, other = of(method), of("BitFit")
+        means = [statistics.mean(mine[name, seed] - other[name, seed] for name in GROUPS) for seed in seeds]
+        assert row(told, method)["against"] == pytest.approx(
+            {"mean": statistics.mean(means), "sd": statistics.stdev(means), "n": len(seeds)}
+        )
+    assert row(told, "BitFit")["against"] is None
+    assert any("Against BitFit: mean difference" in line for line in told["caption"])
+    assert "| against BitFit |" in markdown(told)
+    assert "| -10." in markdown(told)
+    assert "| +" in markdown(told)
+
+
+def test_there_is_no_difference_where_a_set_is_missing_or_nobody_asked():
+    records = [r for r in grid() if (r["method"], r["set"]) != ("linear", "dtd")]
+    assert row(summary(records, against="BitFit"), "linear")["against"] is None
+    assert {r["against"] for r in summary(records)["rows"]} == {None}
+    assert "against" not in markdown(summary(records))
+
+
+def test_a_method_that_has_no_run_is_nothing_to_compare_with():
+    with pytest.raises(DataError, match="no method named 'BitFt'; did you mean 'BitFit'"):
+        summary(grid(), against="BitFt")
+
+
 def test_heads_and_costs_are_the_mean_the_median_and_the_peak():
     got = row(summary(grid()), "LoRA r8")
     assert got["body"] == 73_728

@@ -24,6 +24,9 @@ def report(
     to: Annotated[Optional[Path], typer.Option(help="Where the pages go; else OUT/report.")] = None,  # noqa: UP045
     format: Annotated[str, typer.Option(help="Of md, latex, csv, html, png; with commas between.")] = ",".join(FORMATS),
     title: Annotated[str, typer.Option(help="Of the pages; else the suite's name.")] = "",
+    against: Annotated[
+        str, typer.Option(help="A method of the suite: every other one's difference to it, paired by set and seed.")
+    ] = "",
     json: o.Json = False,
 ) -> None:
     """Tables, statistics, pictures and one page, as a pure function of the records.
@@ -40,7 +43,7 @@ def report(
     if not records:
         raise DataError(f"{out} holds no record that can be read")
     known_as, cells = planned(out)
-    told = summary(records, title=title or known_as, planned=cells)
+    told = summary(records, title=title or known_as, planned=cells, against=against)
     folder = to or out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     written = []

@@ -237,6 +237,7 @@ def results(summary: dict[str, Any]) -> Section:
         *([Column(Head(_over(sets), "n mean"), ("mean_sets",), percent, max)] if len(sets) > 1 else []),
         Column(Head(f"Mean of {len({s['group'] for s in sets})} groups", "n mean"), ("mean_groups",), percent, max),
         *(Column(Head(f"Mean of {n}-shot", "n mean"), ("mean_shots", str(n)), percent, max) for n in shots),
+        Column(Head(f"Against {summary['against']}", "n"), ("against",), points, max),
         Column(Head("PE", "n"), ("pe",), "{:.3f}".format, max),
         Column(Head("Rank", "n"), ("rank",), "{:.2f}".format, min),
         Column(Head("Seconds", "n"), ("seconds",), seconds),

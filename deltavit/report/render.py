@@ -41,6 +41,8 @@ def columns(summary: Row) -> list[Column]:
         made.append(Column(f"mean of {len(groups)} groups", lambda r: percent(r["mean_groups"])))
     for n in sorted({s["shots"] for s in sets} - {None}) if any(r["mean_shots"] for r in rows) else ():
         made.append(Column(f"mean of {n}-shot", lambda r, n=str(n): percent(r["mean_shots"][n])))  # type: ignore[misc]
+    if summary["against"]:
+        made.append(Column(f"against {summary['against']}", lambda r: percent(r["against"], "+.1f")))
     made += [
         Column("PE", lambda r: _number(r["pe"], ".3f")),
         Column("rank", lambda r: _number(r["rank"], ".2f")),
@@ -52,13 +54,13 @@ def columns(summary: Row) -> list[Column]:
     return made
 
 
-def percent(value: Row | float | None) -> str:
+def percent(value: Row | float | None, form: str = ".1f") -> str:
     """71.3 ± 0.4, or without a spread where there is one value only."""
     if value is None:
         return NOTHING
     if not isinstance(value, Mapping):
-        return f"{100 * value:.1f}"
-    return f"{100 * value['mean']:.1f}" + ("" if value["sd"] is None else f" ± {100 * value['sd']:.1f}")
+        return f"{100 * value:{form}}"
+    return f"{100 * value['mean']:{form}}" + ("" if value["sd"] is None else f" ± {100 * value['sd']:.1f}")
 
 
 def _number(value: float | None, form: str, unit: float = 1) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..bench.record import FORMAT
-from ..core.errors import DataError
+from ..core.errors import DataError, unknown
 from ..models.load import PIXELS
 from .published import MEANS, contents, find, known_as
 from .stats import TASKS, compare, pe, spread
@@ -21,7 +21,9 @@ GROUPS = ("natural", "specialized", "structured")
 Record = dict[str, Any]
 
 
-def summary(records: Sequence[Record], *, title: str = "", planned: Sequence[Record] = ()) -> dict[str, Any]:
+def summary(
+    records: Sequence[Record], *, title: str = "", planned: Sequence[Record] = (), against: str = ""
+) -> dict[str, Any]:
     """What all renderers show, from the records of runs in any order; plain values that JSON can hold.
 
     A record whose test split was read before training ended, or of another format, is in no table: it is listed with
@@ -31,14 +33,15 @@ def summary(records: Sequence[Record], *, title: str = "", planned: Sequence[Rec
     Args:
         planned: {"model", "method", "set", "shots", "seed"} of each cell that there shall be; those without a record
             are missing, as are those that a full grid of what is there would have.
+        against: a method; every other row of its model gets the difference to it, paired by data set and seed.
 
     Returns:
-        {"title", "caption": [line, ..], "models": [..], "methods": [..],
+        {"title", "caption": [line, ..], "against", "models": [..], "methods": [..],
              "sets": [{"key", "name", "group", "shots"}, ..],
              "rows": [{"model", "method", "body", "head", "scores": {set key: {"mean", "sd", "n", "values"}},
                        "mean_sets": {"mean", "sd", "n"} | None, "mean_groups": the same | None,
-                       "mean_shots": {shots: the same} | None, "pe", "rank", "seconds", "peak_bytes",
-                       "leaky": {set key: mean} | None}, ..],
+                       "mean_shots": {shots: the same} | None, "against": the same | None, "pe", "rank",
+                       "seconds", "peak_bytes", "leaky": {set key: mean} | None}, ..],
              "ranks": {model: what `stats.compare` returns and "blocks": "data sets" | "data sets and seeds"},
              "runs": [{"key", "model", "method", "set", "shots", "seed", "test", "val", "body", "head", "seconds",
                        "peak_bytes", "leaky", "curve", "classes"}, ..],
@@ -50,7 +53,7 @@ def summary(records: Sequence[Record], *, title: str = "", planned: Sequence[Rec
 
     Raises:
         DataError: two records that belong in no table together (another checkpoint, normalisation, protocol, ..), or
-            two of one cell.
+            two of one cell; nothing finished of the method to compare against.
     """
     known = [r for r in records if r.get("format") == FORMAT]
     excluded = [
@@ -67,14 +70,19 @@ def summary(records: Sequence[Record], *, title: str = "", planned: Sequence[Rec
     methods = _methods(known, done)
     models = sorted({r["model"] for r in known})
     ranks = {model: told for model in models if (told := _ranks(done, model, sets))}
-    rows = [
-        _row(own, sets, ranks.get(model, {}))
-        for model in models for method in methods
-        if (own := [r for r in done if (r["model"], r["method"]) == (model, method)])
-    ]  # fmt: skip
+    if against and not any(r["method"] == against for r in done):
+        raise DataError(unknown("method", against, sorted({r["method"] for r in done})))
+    rows = []
+    for model in models:
+        own = {m: found for m in methods if (found := [r for r in done if (r["model"], r["method"]) == (model, m)])}
+        rows += [
+            {**_row(found, sets, ranks.get(model, {})), "against": _apart(found, own.get(against), sets)}
+            for found in own.values()
+        ]
     return {
         "title": title or " and ".join(sorted({str(r["suite"]) for r in known if r.get("suite")})),
-        "caption": _caption(done, models, rows, ranks),
+        "caption": _caption(done, models, rows, ranks, against),
+        "against": against,
         "models": models,
         "methods": methods,
         "sets": sets,
@@ -289,6 +297,20 @@ def _mean(by_seed: Mapping[str, Mapping[int, float]], groups: Sequence[Sequence[
     return spread(each) if each else None
 
 
+def _apart(
+    own: Sequence[Record], other: Sequence[Record] | None, sets: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Mean of the differences to another method, data set by data set and seed by seed, where both have every set."""
+    if other is None or other == own:
+        return None
+    mine, theirs = _by_seed(own), _by_seed(other)
+    both = {
+        key: {seed: value - theirs[key][seed] for seed, value in mine[key].items() if seed in theirs[key]}
+        for key in mine if key in theirs
+    }  # fmt: skip
+    return _mean(both, [[s["key"]] for s in sets])
+
+
 def _leaky(own: Sequence[Record], sets: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     found = {}
     for s in sets:
@@ -376,7 +398,11 @@ def _published(
 
 
 def _caption(
-    done: Sequence[Record], models: Sequence[str], rows: Sequence[Mapping[str, Any]], ranks: Mapping[str, Any]
+    done: Sequence[Record],
+    models: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    ranks: Mapping[str, Any],
+    against: str,
 ) -> list[str]:
     if not done:
         return ["No finished run whose test split stayed locked until its end."]
@@ -400,6 +426,11 @@ def _caption(
     if any(row["mean_groups"] for row in rows):
         lines.append(
             "Two means: of all data sets, and of the groups' means. They differ; papers print one or the other."
+        )
+    if against:
+        lines.append(
+            f"Against {against}: mean difference in points, paired by data set and seed, ± standard deviation over "
+            "seeds of the means over data sets."
         )
     lines.append(
         "PE = mean accuracy * exp(-log10(parameters / 1e8 + 1)), parameters: body and head, mean over data sets "
