@@ -171,6 +171,19 @@ def test_curves_take_the_best_rate_of_the_first_seed_and_the_mean_of_all():
     assert two.state == "not reached"
 
 
+def test_what_is_best_at_an_end_of_its_rates_is_told():
+    def tuned(d, rate):
+        return measure.Tuned(d, rate, (0.5,))
+
+    sweep = (tuned(4, 1e-2), tuned(8, 1e-1))
+    nothing = measure.Crossing("no gap")
+    curve = measure.Curve("ffn.1", "trained", 9, tuned(None, 1e-3), tuned(0, 1e-2), sweep, nothing, ())
+    told = measure.at_an_end([curve, curve], Settings((4, 8), rates=(1e-3, 1e-2, 1e-1), head_rates=(1e-2, 1e-1)))
+    own = ["ffn.1 whole, trained head, rate 0.001", "ffn.1 d 8, trained head, rate 0.1"]
+    assert told == ["linear probe, rate 0.01", *own, *own]
+    assert measure.at_an_end([curve], Settings((4, 8), rates=(1e-2,), head_rates=(1e-2,))) == []  # nothing was chosen
+
+
 def test_selection_takes_the_lowest_and_refuses_what_was_not_measured():
     rows = {"attention.0": (0.1, 0.9), "ffn.0": (0.5, 0.9), "ffn.1": (0.1, 0.2), "attention.1": (0.9, 0.9)}
     told = [

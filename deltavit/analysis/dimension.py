@@ -502,6 +502,26 @@ def crossing(
     return Crossing("not reached", target, None, before[0]) if before else Crossing("failed", target)
 
 
+def at_an_end(found: Sequence[Curve], settings: Settings) -> list[str]:
+    """What was best at the smallest or the largest of several rates: a wider list might do better, and move d.
+
+    Returns:
+        A line each, as in `attention.5 whole, frozen head, rate 0.01`.
+    """
+    probes = {c.probe: f"linear probe, rate {c.probe.rate:g}" for c in found if c.probe}
+    lines = [line for probe, line in probes.items() if _outermost(probe.rate, settings.head_rates)]
+    for c in found:
+        for t in (c.whole, *c.sweep):
+            if t and _outermost(t.rate, settings.rates):
+                what = "whole" if t.dimension is None else f"d {t.dimension}"
+                lines.append(f"{c.module} {what}, {c.head} head, rate {t.rate:g}")
+    return lines
+
+
+def _outermost(rate: float, rates: Sequence[float]) -> bool:
+    return len(rates) > 1 and rate in (min(rates), max(rates))
+
+
 def mean_of(t: Tuned | None) -> float | None:
     return None if t is None else t.mean
 

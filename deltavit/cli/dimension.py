@@ -79,17 +79,23 @@ def dimension(
         raise RecipeError(f"--select {select}: only {len(wanted)} modules are measured")
     if out is None:
         out = Path("runs") / f"dimension-{Path(chosen.data.path).resolve().name}-{chosen.model.name}"
+    place = ""
     with interruptible() as asked, bar("point 1", 1) as shown:
 
         def watch(done: int, total: int, step: Step) -> None:
-            shown.total = step.steps
+            nonlocal place
+            place, shown.total = f"[{done + 1}/{total}]", step.steps
             shown.advance(step.step, f"point {done + 1} of {total} loss {step.loss:.3f}")
             if asked():
                 raise Interrupted(f"stopped; the same command goes on: {shlex.join(['deltavit', *sys.argv[1:]])}")
 
         points = measure.dimensions(chosen, wanted, settings, out, keep=keep, say=say, watch=watch)
-        found = drain(points, lambda point: say(_line(point)))
+        found = drain(points, lambda point: say(f"{place} {_line(point)}"))
     values = {"out": str(out), "curves": [measure.plain(curve) for curve in found]}
+    ends = measure.at_an_end(found, settings)
+    values["at_an_end_of_rates"] = ends
+    if ends:
+        say(f"best at an end of --rates or --head-rates, so a wider list may move d: {'; '.join(ends)}")
     title = f"{Path(chosen.data.path).resolve().name}, {chosen.model.name}"
     try:
         for name, draw in (("curves", measure.curves_picture), ("layers", measure.layers_picture)):
