@@ -131,6 +131,22 @@ def test_with_a_trained_head_the_target_is_a_share_of_the_gap():
     assert crossing({10: 0.81}, whole=0.9, probe=0.8, head="trained", fraction=0.05).state == "at most"
 
 
+def test_a_gap_within_the_spread_over_seeds_has_no_dimension():
+    sweep = {8: 0.245, 32: 0.255}
+    assert crossing(sweep, 0.25, 0.24, "trained").state == "reached"
+    assert crossing(sweep, 0.25, 0.24, "trained", noise=0.011).state == "no gap"
+    assert crossing({8: 0.2, 32: 0.3}, 0.25, noise=0.5).state == "reached"  # a frozen head has no probe to be above
+    cells = {None: (0.25, 0.27), 0: (0.24, 0.26), 8: (0.245, 0.265)}
+    points = [
+        Point("ffn.1" if d != 0 else "", "trained", d, 1e-3, seed, a, 1.0)
+        for d, own in cells.items()
+        for seed, a in enumerate(own)
+    ]
+    (curve,) = curves(points, {"ffn.1": 100}, Settings((8,), seeds=2, heads=("trained",), rates=(1e-3,)))
+    assert curve.crossing.state == "no gap"  # one point, of two deviations of 1.4
+    assert [seed.state for seed in curve.by_seed] == ["not reached", "not reached"]
+
+
 def test_what_is_not_reached_is_no_number():
     assert str(crossing({10: 0.2, 100: 0.4}, whole=0.9)) == "> 100"
     assert str(crossing({10: 0.9, 100: 0.4}, whole=0.9)) == "<= 10"

@@ -138,7 +138,8 @@ class Crossing:
 
     `dimension` is interpolated in log d between `lower`, which misses the target, and `upper`, which reaches it.
     "at most": the smallest d of the sweep reaches it, so `dimension` is that d and only a bound.  "not reached": no d
-    does, and `lower` is the largest.  "no gap": the module is not better than the probe, so there is nothing to reach.
+    does, and `lower` is the largest.  "no gap": the module is not better than the probe by more than their spread over
+    seeds, so there is nothing to reach.
     """
 
     state: State
@@ -462,7 +463,7 @@ def curves(points: Sequence[Point], numbers: Mapping[str, int], settings: Settin
             ]  # fmt: skip
             mean = crossing(
                 {t.dimension: t.mean for t in sweep if t.dimension}, mean_of(whole), mean_of(below),
-                head, settings.fraction,
+                head, settings.fraction, math.hypot(whole.sd, below.sd) if whole and below else 0.0,
             )  # fmt: skip
             found.append(Curve(name, head, size, whole, below, tuple(sweep), mean, tuple(seeds)))
     return found
@@ -474,6 +475,7 @@ def crossing(
     probe: float | None = None,
     head: Head = "frozen",
     fraction: float = 0.9,
+    noise: float = 0.0,
 ) -> Crossing:
     """The smallest d at which a curve reaches its target.
 
@@ -482,11 +484,12 @@ def crossing(
 
     Args:
         sweep: d -> accuracy, None where that training diverged: such a d is passed over.
+        noise: standard deviation of whole - probe.  A smaller gap is none: 90 % of chance is no dimension.
     """
     if whole is None or (head == "trained" and probe is None):
         return Crossing("failed")
     low = probe or 0.0
-    if whole <= low:
+    if whole <= low + (noise if head == "trained" else 0.0):
         return Crossing("no gap")
     target = low + fraction * (whole - low)
     before: tuple[int, float] | None = None
