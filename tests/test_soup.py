@@ -105,7 +105,7 @@ def test_over_tuned_a_tensor_is_averaged_over_those_who_tuned_it(saved, base):
     paths = saved(*(("partial", {"strategy": s}) for s in ("attention", "both-first", "ffn-last")))
     first = {n: t.clone() for n, t in base.state_dict().items()}
     states = [merged(path) for path in paths]
-    _, made = cooked(base, paths, kind="uniform")
+    _, made = cooked(base, paths, kind="uniform", over="tuned")
     found = made.adapter.tensors()
     for name, value in found.items():
         if name.startswith("head."):
@@ -121,7 +121,7 @@ def test_over_tuned_a_tensor_is_averaged_over_those_who_tuned_it(saved, base):
 def test_members_that_tuned_other_rows_of_one_tensor_do_not_halve_each_other(model, saved):
     paths = saved(("lora", Q), ("lora", V), model=model)
     net = load_model(model)
-    _, made = cooked(net, paths, kind="uniform")
+    _, made = cooked(net, paths, kind="uniform", over="tuned")
     after = {site.name: W1 for site, _, W1 in made.adapter.pairs()}
     for path, role in zip(paths, "qv", strict=True):
         other = load_model(model)
@@ -461,7 +461,7 @@ def test_the_command_says_who_is_in_what_was_averaged_and_how_good_it_is(run, ru
     code, told, said = run("soup", *runs, "--data", pictures, "--out", out, "--merged", whole, "--device", "cpu")
     assert code == 0, said
     assert read_splits == {"val"}
-    assert (told["kind"], told["average"], told["over"]) == ("greedy", "weights", "tuned")
+    assert (told["kind"], told["average"], told["over"]) == ("greedy", "weights", "all")
     assert [m["path"] for m in told["members"]] == [str(r / "adapter.safetensors") for r in runs]
     for member, folder in zip(told["members"], runs, strict=True):
         record = json.loads((folder / "run.json").read_text())
@@ -525,7 +525,7 @@ def test_a_person_reads_tables(runs, pictures, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     shown = capsys.readouterr().out
-    for part in ("uniform soup, mean of weights over tuned", "best member", "rank 4", "ours, not ImageNet-C", "blur"):
+    for part in ("uniform soup, mean of weights over all", "best member", "rank 4", "ours, not ImageNet-C", "blur"):
         assert part in shown
 
 

@@ -33,7 +33,7 @@ from .pairs import canvas
 
 Kind = Literal["greedy", "uniform"]
 Average = Literal["weights", "factors"]
-Over = Literal["tuned", "all"]
+Over = Literal["all", "tuned"]
 Moved = dict[str, tuple[Tensor, Tensor]]
 """Name of each tensor of the base that an adapter acts on -> (its value after a merge, True where it can differ)."""
 
@@ -214,11 +214,11 @@ def _reaches(edit: Edit) -> Iterable[tuple[str, tuple[int, int] | None]]:
             yield f"{path}.{name}", rows
 
 
-def mix(several: Sequence[Moved], base: Mapping[str, Tensor], over: Over = "tuned") -> dict[str, Tensor]:
+def mix(several: Sequence[Moved], base: Mapping[str, Tensor], over: Over = "all") -> dict[str, Tensor]:
     """W0 + sum_k (W_k - W0) / n for each tensor that a member acts on, summed in float64.
 
-    `over="tuned"`: n is how many members act on these rows.  `over="all"`: n is K, so that a member pulls what it does
-    not act on towards the base, and the result is the mean of the K models.  The same where all act on the same rows.
+    `over="all"`: n is K, so that a member pulls what it does not act on towards the base, and the result is the mean of
+    the K models.  `over="tuned"`: n is how many members act on these rows.  The same where all act on the same rows.
     """
     mixed = {}
     for name in dict.fromkeys(name for member in several for name in member):
@@ -260,7 +260,7 @@ def soup(
     *,
     kind: Kind = "greedy",
     average: Average = "weights",
-    over: Over = "tuned",
+    over: Over = "all",
     rank: int | None = None,
 ) -> Generator[Tried, None, Soup]:
     """Average adapters and attach the result to their base; the generator's return value is the `Soup`.
@@ -499,7 +499,8 @@ def picture(told: Mapping[str, Any]) -> Any:
                 face = f"C{i}" if taken else "none"
                 axes.plot(100 * accuracy, y, color=f"C{i}", marker="o^s"[i], markerfacecolor=face, linestyle="none")
         if values[0] is not None:
-            axes.axvline(100 * values[0], color=f"C{i}", linestyle=":", linewidth=1, label=what, marker="o^s"[i])
+            axes.axvline(100 * values[0], color=f"C{i}", linestyle=":", linewidth=1)
+            axes.plot([], [], color=f"C{i}", marker="o^s"[i], linestyle=":", linewidth=1, label=what)
     axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names])
     axes.invert_yaxis()
     axes.set_xlabel("accuracy, %")

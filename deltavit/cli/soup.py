@@ -37,8 +37,8 @@ def soup(
         Literal["weights", "factors"], typer.Option(help="Merged weights, or the adapters' own tensors (one method).")
     ] = "weights",
     over: Annotated[
-        Literal["tuned", "all"], typer.Option(help="A tensor's mean is over members that tuned it, or over all.")
-    ] = "tuned",
+        Literal["all", "tuned"], typer.Option(help="A tensor's mean is over all members, or over those that tuned it.")
+    ] = "all",
     rank: Annotated[Optional[int], typer.Option(help="Keep the mean of weights as LoRA of this rank.")] = None,  # noqa: UP045
     ood: Annotated[bool, typer.Option("--ood", help="Also accuracies on corrupted val images.")] = False,
     corruptions: Annotated[str, typer.Option(help="Of --ood, with commas between.")] = ",".join(LEVELS),
